@@ -1,0 +1,220 @@
+"""Checkpoints: what changes during a training, saved whole or not at all, rotated, brought back.
+
+A checkpoint is a folder checkpoints/step_<n>/ with model.safetensors (and ema.safetensors) and state.pt: only
+tensors, numbers and strings, so nothing in it is executed. Position and sums are global: a training may go on
+with another number of processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from dist_train.config import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """What can be saved and brought back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass
+class Epoch:
+    """One row of history.csv; accuracies in 0..1, losses in nats."""
+
+    epoch: int
+    train_loss: float
+    train_acc: float
+    valid_loss: float
+    valid_acc: float
+    lr: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclass
+class Progress:
+    """Where a training stands: finished epochs, optimizer steps done, and the best epoch so far."""
+
+    step: int = 0
+    epochs: list[Epoch] = field(default_factory=list)
+    best_score: float = float("-inf")
+    best_epoch: int = 0
+    run_id: str = ""
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs, which is the index of the one under way."""
+        return len(self.epochs)
+
+    def add(self, row: Epoch, score: float) -> None:
+        """Add a finished epoch; the greatest `score` makes it the best."""
+        self.epochs.append(row)
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, row.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers and strings."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over `state`."""
+        for name, value in state.items():
+            setattr(self, name, [Epoch(**row) for row in value] if name == "epochs" else value)
+
+
+@dataclass
+class TrainState:
+    """All that changes during a training; `parts` are the rest that has a state dict, by name."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    ema: nn.Module | None = None
+    parts: dict[str, Stateful] = field(default_factory=dict)
+
+
+class Checkpointer:
+    """Saves, rotates and restores the checkpoints of one run folder; all methods are called on all processes."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        accelerator: Accelerator,
+        *,
+        keep: int = 2,
+        every_epochs: int = 1,
+        every_steps: int | None = None,
+        resume_from: Path | None = None,
+    ) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.best = run_dir / "best"
+        self.accelerator = accelerator
+        self.keep, self.every_epochs, self.every_steps = keep, every_epochs, every_steps
+        self.resume_from = resume_from
+
+    def after_step(self, state: TrainState) -> None:
+        """Save if every_steps says so."""
+        if self.every_steps and state.progress.step % self.every_steps == 0:
+            self.save(state)
+
+    def after_epoch(self, state: TrainState, last: bool) -> None:
+        """Save the best model if this epoch is the best, and a checkpoint if every_epochs says so."""
+        progress = state.progress
+        if progress.best_epoch == progress.epoch:
+            self.save_best(state)
+        if last or progress.epoch % self.every_epochs == 0:
+            self.save(state)
+
+    def save(self, state: TrainState) -> None:
+        """Write checkpoints/step_<n>/ aside, rename it into place, then delete those beyond `keep`."""
+        model, optimizer = _full_state(state)
+        rest = {"optimizer": optimizer, "progress": state.progress.state_dict(),
+                "parts": {name: part.state_dict() for name, part in state.parts.items()}}  # fmt: skip
+        if self.accelerator.is_main_process:
+            target = self.folder / f"step_{state.progress.step:08d}"
+            aside = self.folder / f".{target.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            safetensors.torch.save_file(model, aside / "model.safetensors")
+            if state.ema is not None:
+                safetensors.torch.save_file(_contiguous(state.ema.state_dict()), aside / "ema.safetensors")
+            torch.save(rest, aside / "state.pt")
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+            for old in list_checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def save_best(self, state: TrainState) -> None:
+        """Write best/: the averaged weights if there are any, else the model's own."""
+        model, _ = _full_state(state)
+        if self.accelerator.is_main_process:
+            unwrapped: Any = self.accelerator.unwrap_model(state.model)
+            unwrapped.save(self.best, model if state.ema is None else _contiguous(state.ema.state_dict()))
+
+    def restore(self, state: TrainState) -> bool:
+        """Bring `state` back from `resume_from`; return whether there was anything to bring back.
+
+        Raises InputError if the checkpoint cannot be read or was made by another model or optimizer.
+        """
+        if self.resume_from is None:
+            return False
+        try:
+            model = safetensors.torch.load_file(self.resume_from / "model.safetensors")
+            rest = torch.load(self.resume_from / "state.pt", map_location="cpu", weights_only=True)
+            options = StateDictOptions(full_state_dict=True)
+            set_state_dict(state.model, state.optimizer, model_state_dict=model,
+                           optim_state_dict=rest["optimizer"], options=options)  # fmt: skip
+            if state.ema is not None:
+                state.ema.load_state_dict(safetensors.torch.load_file(self.resume_from / "ema.safetensors"))
+            state.progress.load_state_dict(rest["progress"])
+            for name, part in state.parts.items():
+                part.load_state_dict(rest["parts"][name])
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"resume: {self.resume_from} cannot be resumed by this configuration ({reason})") from error
+        logger.info("resumed from %s: step %d, epoch %d", self.resume_from, state.progress.step, state.progress.epoch)
+        return True
+
+
+def _full_state(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the whole model and optimizer state by parameter names, however they are wrapped or sharded."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, optimizer = get_state_dict(state.model, state.optimizer, options=options)
+    return _contiguous(model), optimizer
+
+
+def _contiguous(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if (path / "state.pt").is_file())
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """Return the checkpoint that `resume` (auto, never or a path) names, or None to start anew."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = list_checkpoints(run_dir / "checkpoints")
+        return found[-1] if found else None
+    path = Path(resume)
+    if not (path / "state.pt").is_file():
+        raise InputError(f"resume: {path} is not a checkpoint folder; expected auto, never or .../checkpoints/step_N")
+    return path
+
+
+def on_main(accelerator: Accelerator, function: Any, *arguments: Any) -> Any:
+    """Run `function` on the main process only; return its result, or raise its InputError, on all."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function(*arguments), None]
+        except InputError as error:
+            outcome = [None, str(error)]
+        except OSError as error:
+            outcome = [None, f"{error.filename}: {error.strerror}"]
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]

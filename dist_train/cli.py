@@ -1,0 +1,160 @@
+"""The command line: parses, calls, reports; no logic.
+
+Exit codes: 0 done; 1 failure; 2 bad input, told in one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from dist_train.config import Config, InputError, nearest
+from dist_train.run import run_training
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    main_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    _set_up_logging(main_process)
+    try:
+        options = parse(arguments)
+        run_training(options.config, overwrite=options.overwrite)
+    except InputError as error:
+        if main_process:  # every process of a machine finds the same fault
+            print(f"dist-train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class Options(NamedTuple):
+    """What the command line asks for."""
+
+    command: str
+    config: Config
+    overwrite: bool
+
+
+def parse(arguments: list[str]) -> Options:
+    """Return what `arguments` ask for; InputError names the key, the value and what is allowed."""
+    parser, train = _build_parsers()
+    if arguments[:1] == ["train"]:
+        arguments = _with_quickstart(arguments)
+        _check_config_file(arguments, _keys(train))
+    try:
+        found = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(_explain(str(error), _keys(train))) from error
+    options = parser.instantiate(found)[found.command]
+    values = {field.name: options[field.name] for field in fields(Config)}
+    return Options(found.command, Config(**values), bool(options.get("overwrite")))
+
+
+def _build_parsers() -> tuple[ArgumentParser, ArgumentParser]:
+    """Return the parser of the whole command line and the one of `train`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    train = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Train a model and leave a run folder. Without --config and --data.path: the quickstart on "
+        "the built-in faces.",
+    )
+    train.add_argument("--config", action="config", help="YAML file of the keys below; options after it win.")
+    train.add_class_arguments(Config)
+    train.add_argument(
+        "--overwrite", action="store_true", default=argparse.SUPPRESS, help="Replace an earlier run in run_dir."
+    )
+    parser = ArgumentParser(
+        prog="dist-train",
+        exit_on_error=False,
+        allow_abbrev=False,
+        version=version("dist_train"),
+        description="Train facial-expression classifiers.",
+    )
+    parser.add_subcommands(dest="command").add_subcommand("train", train, help="train a model, leave a run folder")
+    return parser, train
+
+
+def _keys(parser: ArgumentParser) -> list[str]:
+    """Return the dotted keys of a config file."""
+    return [key for key in parser.get_defaults().keys() if key != "config"]
+
+
+def _with_quickstart(arguments: list[str]) -> list[str]:
+    """Put the quickstart's config first where neither a config nor data is named."""
+    names = {argument.split("=")[0] for argument in arguments}
+    if names & {"--config", "--data.path", "--data.source"}:
+        return arguments
+    return ["train", "--config", str(files("dist_train.configs") / "quickstart.yaml"), *arguments[1:]]
+
+
+def _check_config_file(arguments: list[str], keys: list[str]) -> None:
+    """Refuse config files that are not mappings of known keys; the values are the parser's business."""
+    pairs = [*zip(arguments, [*arguments[1:], ""], strict=True), *(a.partition("=")[::2] for a in arguments)]
+    for file in [Path(value) for name, value in pairs if name == "--config" and value]:
+        try:
+            settings = yaml.safe_load(file.read_text())
+        except OSError as error:
+            raise InputError(f"--config: {file} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
+        for key in _walk(settings if settings is not None else {}, file, keys):
+            if key not in keys:
+                raise InputError(f"{file}: {_unknown(key, keys)}")
+
+
+def _walk(settings: Any, file: Path, keys: list[str], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a config file's mapping."""
+    if not isinstance(settings, dict):
+        where = f"{prefix.removesuffix('.')} is" if prefix else "holds"
+        raise InputError(f"{file}: {where} {settings!r}; expected a mapping of keys to values")
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if any(known.startswith(f"{key}.") for known in keys):
+            yield from _walk(value, file, keys, f"{key}.")
+        else:
+            yield key
+
+
+def _unknown(key: str, keys: list[str]) -> str:
+    return f"{key}: no such key{nearest(key, keys)}; dist-train train --help lists them"
+
+
+def _explain(message: str, keys: list[str]) -> str:
+    """Say a parser's message in one line, with the key, the value and what is allowed."""
+    if found := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
+        return _unknown(found[1], keys)
+    key = re.search(r'Parser key "([^"]+)":\s+(?:Expected|Does not validate)', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if not key or not value:
+        return " ".join(message.split())
+    allowed = " or ".join(_kind_in_words(kind) for kind in re.findall(r"Expected a (.+?)(?:\. Got|\n|$)", message))
+    hint = ' (in YAML, put "no" in quotes)' if value[1] == "False" and " no" in allowed else ""
+    return f"{key[1]}: {value[1].strip()!r} is not allowed; expected {allowed}{hint}"
+
+
+def _kind_in_words(kind: str) -> str:
+    if choices := re.search(r"Literal\[(.+)\]", kind):
+        return f"one of {choices[1].replace(chr(39), '')}"
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
+             "list": "a list, as [a, b]"}  # fmt: skip
+    name = re.sub(r"<class '(\w+)'>", r"\1", kind)
+    return words.get(name, name)
+
+
+def _set_up_logging(main_process: bool) -> None:
+    """Let the main process of each machine speak, the others only of errors."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logging.getLogger("dist_train").setLevel(logging.INFO if main_process else logging.ERROR)

@@ -1,0 +1,1 @@
+"""From files to batches: image sources, built-in faces, augmentation, sharded loading."""

@@ -1,0 +1,161 @@
+"""Global shuffling, sharding over processes and the position for resume, over images held in memory.
+
+In: an ImageSet. Out: batches whose samples, order and augmentation depend on seed, epoch and position in the
+global order only, never on the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dist_train.config import AugmentConfig, InputError
+from dist_train.data.augment import DRAWS, augment
+from dist_train.data.images import ImageSet
+
+
+class Batch(NamedTuple):
+    """What one process computes in one step.
+
+    images: uint8 0..255 or float32 0..1 [B, C, H, W]; labels: int64 [B], or float32 [B, K] class shares
+    (mixup); scale: factor that turns this process's summed loss into its part of the step's mean loss, such
+    that the average over processes is that mean.
+    """
+
+    images: Tensor
+    labels: Tensor
+    scale: float
+
+
+class EpochDraws(NamedTuple):
+    """All that chance decides in an epoch, by position in its global order.
+
+    order: int64 [N], indices of samples; changes: float32 [N, DRAWS] in 0..1, for augment (N = 0 without);
+    shares: float32 [N] in 0..1, of the sample itself in its mixture, or None without mixup.
+    """
+
+    order: Tensor
+    changes: Tensor
+    shares: Tensor | None
+
+
+def step_size(remaining: int, batch_size: int) -> int:
+    """Return how many samples the next step takes of the `remaining` ones of an epoch.
+
+    An epoch of N samples is cut into ceil(N / batch_size) steps of equal size, to within one sample: no step
+    is left tiny, none is dropped. The size depends on the remaining count only, so a training may be resumed
+    at any position.
+    """
+    return math.ceil(remaining / math.ceil(remaining / batch_size))
+
+
+class ImageLoader:
+    """Batches of one process out of an ImageSet.
+
+    batch_size counts the images of a step over all `world_size` processes together. With `shuffle`, samples come
+    in an order drawn from (seed, epoch); with `augment`, each is changed by draws from (seed, epoch, position);
+    with `mixup` > 0 (Beta's alpha), each is mixed with another of the same step. Raises InputError where a
+    step of a shuffled set has fewer samples than there are processes.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: AugmentConfig | None = None,
+        mixup: float = 0.0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        residency: str = "auto",
+    ) -> None:
+        self.data, self.batch_size, self.shuffle = data, batch_size, shuffle
+        self.augment, self.mixup, self.seed = augment, mixup, seed
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device(device)
+        self.epoch, self.position = 0, 0
+        smallest = len(data) // math.ceil(len(data) / batch_size)
+        if shuffle and smallest < world_size:
+            raise InputError(
+                f"train.batch_size: a step of {smallest} images (train has {len(data)}) cannot be shared by "
+                f"{world_size} processes; raise train.batch_size or start fewer processes"
+            )
+        self._images = _place(torch.from_numpy(data.images), self.device, residency)
+        self._labels = torch.from_numpy(data.labels).to(self.device)
+
+    def __len__(self) -> int:
+        """Return the number of steps from the position to the epoch's end."""
+        return math.ceil((len(self.data) - self.position) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start `epoch` from its first sample, unless it is under way (after load_state_dict)."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return epoch and position, in samples of the epoch's global order."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at the epoch and position of `state`."""
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this process's share of each step from the position to the epoch's end; then start over."""
+        draws = self._draw_epoch()
+        while (remaining := len(self.data) - self.position) > 0:
+            size, start = step_size(remaining, self.batch_size), self.position
+            first, end = (start + size * part // self.world_size for part in (self.rank, self.rank + 1))
+            images, labels = self._batch(draws, torch.arange(first, end), start, size)
+            self.position += size  # before the yield: a checkpoint made at this step must not repeat it
+            yield Batch(images, labels, self.world_size / size)
+        self.position = 0
+
+    def _draw_epoch(self) -> EpochDraws:
+        count = len(self.data)
+        generator = torch.Generator().manual_seed(self.seed + (self.epoch << 32))
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        changes = torch.rand(count if self.augment else 0, DRAWS, generator=generator)
+        random = np.random.default_rng([self.seed, self.epoch])
+        shares = torch.from_numpy(random.beta(self.mixup, self.mixup, count)).float() if self.mixup else None
+        return EpochDraws(order, changes, shares)
+
+    def _batch(self, draws: EpochDraws, rows: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+        images, labels = self._samples(draws, rows)
+        if draws.shares is None:
+            return images, labels
+        # the partner is the step's mirror position, which need not be one of this process's rows
+        others, other_labels = self._samples(draws, 2 * start + size - 1 - rows)
+        share = draws.shares[rows].to(self.device)
+        mixed = torch.lerp(others, images, share.view(-1, 1, 1, 1))
+        one_hot, other_one_hot = (
+            F.one_hot(classes, len(self.data.classes)).float() for classes in (labels, other_labels)
+        )
+        return mixed, torch.lerp(other_one_hot, one_hot, share.view(-1, 1))
+
+    def _samples(self, draws: EpochDraws, rows: Tensor) -> tuple[Tensor, Tensor]:
+        index = draws.order[rows]
+        images = self._images[index.to(self._images.device)].to(self.device, non_blocking=True)
+        labels = self._labels[index.to(self.device)]
+        if self.augment is not None:
+            images = augment(images, draws.changes[rows].to(self.device), self.augment)
+        elif self.mixup:
+            images = images.float() / 255
+        return images, labels
+
+
+def _place(images: Tensor, device: torch.device, residency: str) -> Tensor:
+    """Return the images where they stay: on the device, or on the host if they take half its free memory."""
+    if residency == "auto":
+        fits = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        residency = "device" if fits else "host"
+    return images.to(device) if residency == "device" else images

@@ -1,0 +1,233 @@
+"""FaceModel: any torchvision or timm backbone with a head for the data's classes, normalisation inside.
+
+In: images as they are stored. Out: logits. Weights come from the backbone's publisher, from a local file, or
+from nowhere (random), as told; a model saved with `save` comes back with `load_run`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from safetensors import SafetensorError
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor, nn
+
+from dist_train.config import CLASSES, InputError, nearest
+
+logger = logging.getLogger(__name__)
+
+WAYS_OUT = "set model.weights to a local file, or model.pretrained: false for random weights"
+PREFIXES = ("module.", "backbone.", "model.", "_orig_mod.")
+
+
+class FaceModel(nn.Module):
+    """A classifier of face images.
+
+    backbone: a torchvision classifier's name, or timm/NAME; num_classes: width of the head; pretrained: start
+    from the published weights; weights: a local .safetensors or .pth file to start from in their place;
+    in_channels: 1 or 3, what the backbone sees; classes: the names behind the labels; image_size: side in pixels
+    of the images it is trained on, for those who use the saved model.
+
+    Raises InputError for an unknown backbone, for weights that cannot be fetched or read, and for weights
+    whose keys or shapes are not the backbone's (the head's may differ: it is then left random).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        num_classes: int = 7,
+        pretrained: bool = True,
+        weights: str | os.PathLike[str] | None = None,
+        *,
+        in_channels: int = 3,
+        classes: Sequence[str] | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = {"backbone": backbone, "num_classes": num_classes, "in_channels": in_channels,
+                         "image_size": image_size}  # fmt: skip
+        self.in_channels = in_channels
+        self.image_size = image_size
+        if classes is None:
+            classes = CLASSES if num_classes == len(CLASSES) else [str(n) for n in range(num_classes)]
+        self.classes = tuple(classes)
+        fetch = pretrained and weights is None
+        build = _build_timm if backbone.startswith("timm/") else _build_torchvision
+        self.backbone, mean, std = build(backbone, num_classes, in_channels, fetch)
+        if weights is not None:
+            _load_file(self.backbone, Path(weights))
+        if in_channels == 1:
+            mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, float [B, K], of images [B, 1 or 3, H, W], uint8 in 0..255 or float in 0..1."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if images.shape[1] > self.in_channels:
+            images = torchvision.transforms.v2.functional.rgb_to_grayscale(images)
+        elif images.shape[1] < self.in_channels:
+            images = images.expand(-1, self.in_channels, -1, -1)
+        logits: Tensor = self.backbone((images - self.mean) / self.std)
+        return logits
+
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write model.safetensors and config.json, all that load_run needs; `state`: in place of its own weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in (state or self.state_dict()).items()}
+        settings = {**self.settings, "classes": self.classes}
+        for name, write in {
+            "model.safetensors": lambda path: safetensors.torch.save_file(tensors, path),
+            "config.json": lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"),
+        }.items():
+            aside = folder / f".{name}"
+            write(aside)
+            aside.replace(folder / name)
+
+
+def load_run(run_dir: str | os.PathLike[str]) -> FaceModel:
+    """Return the best model of a run folder (or of its best/ folder itself), in eval mode, on the CPU.
+
+    Raises InputError if the folder holds no complete model.
+    """
+    folder = Path(run_dir)
+    folder = folder / "best" if (folder / "best").is_dir() else folder
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} does not exist; {run_dir} is not the folder of a finished epoch")
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        model = FaceModel(pretrained=False, **settings)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} does not describe a model: {error}") from error
+    _load_state(model, _read_weights(folder / "model.safetensors"), folder / "model.safetensors", head=())
+    return model.eval()
+
+
+def _build_torchvision(
+    name: str, num_classes: int, in_channels: int, fetch: bool
+) -> tuple[nn.Module, list[float], list[float]]:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise InputError(f"model.backbone: no torchvision classifier {name!r}{nearest(name, names)}; "
+                         "timm's are written timm/NAME")  # fmt: skip
+    options: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    if in_channels == 1:
+        _make_gray(model)
+    if fetch:
+        state = _fetch(name, lambda: weights.get_state_dict(progress=False, check_hash=True))
+        state = {key: tensor for key, tensor in state.items() if options == {} or not key.lower().startswith("aux")}
+        _load_state(model, state, name)
+    preset = weights.transforms()
+    return model, list(preset.mean), list(preset.std)
+
+
+def _build_timm(
+    name: str, num_classes: int, in_channels: int, fetch: bool
+) -> tuple[nn.Module, list[float], list[float]]:
+    short = name.removeprefix("timm/")
+    architecture = short.split(".")[0]
+    if architecture not in timm.list_models():
+        raise InputError(f"model.backbone: no timm model {architecture!r}{nearest(architecture, timm.list_models())}")
+
+    def create() -> nn.Module:
+        return timm.create_model(short, pretrained=fetch, num_classes=num_classes, in_chans=in_channels)
+
+    model: Any = _fetch(name, create) if fetch else create()
+    return model, list(model.pretrained_cfg["mean"]), list(model.pretrained_cfg["std"])
+
+
+def _fetch(name: str, download: Callable[[], Any]) -> Any:
+    try:
+        return download()
+    except Exception as error:  # every hub client has its own exceptions for "no network"
+        reason = str(error).split("\n")[0]
+        raise InputError(f"model.pretrained: the weights of {name} cannot be fetched ({reason}); {WAYS_OUT}") from error
+
+
+def _make_gray(model: nn.Module) -> None:
+    """Let the first convolution see one channel."""
+    for parent in model.modules():
+        for name, conv in parent.named_children():
+            if isinstance(conv, nn.Conv2d):
+                gray = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+                                 conv.dilation, bias=conv.bias is not None)  # type: ignore[arg-type]  # fmt: skip
+                setattr(parent, name, gray)
+                return
+
+
+def _head_keys(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classifier's parameters: of timm's own account, else of the last layer."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier")
+    if names is None:
+        names = [name for name, module in model.named_modules() if next(module.parameters(False), None) is not None][-1]
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return tuple(f"{name}.{kind}" for name in names for kind in ("weight", "bias"))
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors or .pth file; nothing in the file is executed."""
+    if not file.is_file():
+        raise InputError(f"model.weights: {file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"model.weights: {file} is not a readable weights file ({reason})") from error
+    for key in ("state_dict", "model", "state_dict_ema"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"model.weights: {file} holds no state dict of tensors")
+    return state
+
+
+def _load_file(model: nn.Module, file: Path) -> None:
+    state = _read_weights(file)
+    while prefix := next((p for p in PREFIXES if state and all(k.startswith(p) for k in state)), None):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    _load_state(model, state, file)
+
+
+def _load_state(
+    model: nn.Module, state: dict[str, Tensor], source: str | Path, head: Sequence[str] | None = None
+) -> None:
+    """Load `state`; a head of another size stays random, any other difference is an InputError naming keys."""
+    own = model.state_dict()
+    state = dict(state)
+    for key in _head_keys(model) if head is None else head:
+        if key in state and key in own and state[key].shape != own[key].shape:
+            logger.info("%s: head %s has %d classes, not %d; a new random head replaces it",
+                        source, key, len(state[key]), len(own[key]))  # fmt: skip
+            state[key] = own[key]
+    for key, tensor in state.items():
+        if key in own and tensor.ndim == 4 and own[key].shape[1] == 1 and tensor.shape[1] == 3:
+            state[key] = adapt_input_conv(1, tensor)
+            break
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in own]
+    other = [f"{key} {list(tensor.shape)} for {list(own[key].shape)}" for key, tensor in state.items()
+             if key in own and tensor.shape != own[key].shape]  # fmt: skip
+    if missing or unknown or other:
+        found = [f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                 for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", other)) if keys]  # fmt: skip
+        raise InputError(f"model.weights: {source} does not fit the backbone; keys {'; '.join(found)}")
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,217 @@
+"""train(): the loop. For epoch, for batch: forward, loss, backward, step, count.
+
+In: a model, two loaders, an optimizer. Out: the history. Tracking and checkpoints, where given, are called
+after a step and after an epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from dist_train.checkpoint import Checkpointer, Epoch, Progress, TrainState
+from dist_train.data.loader import Batch, ImageLoader
+from dist_train.evaluation import default_accelerator, evaluate, shard_exactly
+from dist_train.metrics import Meter, Results
+from dist_train.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class History(NamedTuple):
+    """What train() returns: four lists with one value per epoch; losses in nats, accuracies in 0..1."""
+
+    train_loss: list[float]
+    train_acc: list[float]
+    valid_loss: list[float]
+    valid_acc: list[float]
+
+
+def train(
+    model: nn.Module,
+    trainloader: DataLoader | ImageLoader,
+    validloader: DataLoader | ImageLoader,
+    optimizer: torch.optim.Optimizer,
+    num_epochs: int = 20,
+    *,
+    accelerator: Accelerator | None = None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    gradient_accumulation: int = 1,
+    label_smoothing: float = 0.0,
+    clip_grad: float | None = None,
+    ema: float = 0.0,
+    patience: int | None = None,
+    max_steps: int | None = None,
+    best_on: str = "accuracy",
+    seed: int | None = None,
+    log_every: int = 20,
+    tracker: Tracker | None = None,
+    checkpointer: Checkpointer | None = None,
+    progress: Progress | None = None,
+) -> History:
+    """Train `model` and return (train_loss, train_acc, valid_loss, valid_acc), one value per epoch.
+
+    trainloader, validloader: DataLoaders of (images, labels int64 [B]) batches, or ImageLoaders. A DataLoader's
+    batch size is each process's own, as everywhere in accelerate, and accelerate completes its last training
+    batch with samples from its first; validation counts every sample once.
+
+    scheduler: stepped once after every optimizer step. gradient_accumulation: parts that a batch is computed in.
+    ema: decay of an average of the weights, which is what is then validated. patience: epochs without a better
+    `best_on` (accuracy, macro_f1 or loss of validation) after which training stops. seed: makes dropout and
+    the like a function of seed, step and process. progress: is kept up to date with where the training stands.
+
+    The model is trained in place and ends with its last weights (not the average, which `checkpointer` saves).
+    """
+    accelerator = accelerator or default_accelerator()
+    averaged = ModelEmaV3(model, ema, use_warmup=True).to(accelerator.device) if ema else None
+    model, optimizer = accelerator.prepare(model, optimizer)
+    batches = trainloader if isinstance(trainloader, ImageLoader) else _DataLoaderBatches(trainloader, accelerator)
+    validloader = shard_exactly(validloader, accelerator)
+    progress, meter = progress or Progress(), Meter(accelerator)
+    state = TrainState(model, optimizer, progress, averaged and averaged.module)
+    state.parts = {"batches": batches, "meter": meter}
+    state.parts |= {"scheduler": scheduler} if scheduler else {}
+    state.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
+    if checkpointer:
+        checkpointer.restore(state)
+
+    while not _finished(progress, num_epochs, max_steps, patience):
+        batches.set_epoch(progress.epoch)
+        model.train()
+        meter.start_clock()
+        rate = optimizer.param_groups[0]["lr"]
+        with _progress_bar(batches, progress.epoch, num_epochs, accelerator) as bar:
+            for images, labels, scale in bar:
+                _seed_step(seed, progress.step, accelerator.process_index)
+                parts = list(zip(images.chunk(gradient_accumulation), labels.chunk(gradient_accumulation), strict=True))
+                for number, (images, labels) in enumerate(parts, start=1):
+                    with accelerator.no_sync(model) if number < len(parts) else nullcontext():
+                        logits = model(images)
+                        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+                        accelerator.backward(loss * scale)
+                    meter.update(loss, logits, labels)
+                progress.step += 1
+                logs = progress.step % log_every == 0
+                norm = _gradient_norm(model, clip_grad, accelerator) if logs or clip_grad else None
+                rate = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                optimizer.zero_grad()
+                if scheduler and not accelerator.optimizer_step_was_skipped:
+                    scheduler.step()
+                if averaged:
+                    averaged.update(accelerator.unwrap_model(model), progress.step)
+                if logs:
+                    _log_step(meter, norm, rate, progress.step, tracker, bar)
+                if checkpointer:
+                    checkpointer.after_step(state)
+                if progress.step == max_steps:
+                    break
+            trained, speed = meter.end_epoch()
+            valid = _validate(state, validloader, accelerator)
+            bar.set_postfix(_shown(trained) | {f"valid_{name}": text for name, text in _shown(valid).items()})
+        row = Epoch(progress.epoch + 1, trained.loss, trained.accuracy, valid.loss, valid.accuracy,
+                    rate, speed, meter.seconds)  # fmt: skip
+        progress.add(row, {"accuracy": valid.accuracy, "macro_f1": valid.macro_f1, "loss": -valid.loss}[best_on])
+        _report(row, num_epochs)
+        if tracker:
+            tracker.after_epoch(progress.step, progress.epochs, valid)
+        if checkpointer:
+            checkpointer.after_epoch(state, last=_finished(progress, num_epochs, max_steps, patience))
+    rows = progress.epochs
+    return History([row.train_loss for row in rows], [row.train_acc for row in rows],
+                   [row.valid_loss for row in rows], [row.valid_acc for row in rows])  # fmt: skip
+
+
+class _DataLoaderBatches:
+    """An ordinary DataLoader, sharded by accelerate, in the form of an ImageLoader."""
+
+    def __init__(self, loader: DataLoader, accelerator: Accelerator) -> None:
+        self.loader = accelerator.prepare(loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            yield Batch(batch[0], batch[1], 1 / len(batch[1]))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin the epoch anew: an ordinary DataLoader has no position."""
+
+
+def _finished(progress: Progress, num_epochs: int, max_steps: int | None, patience: int | None) -> bool:
+    if progress.epoch >= num_epochs or (max_steps and progress.step >= max_steps):
+        return True
+    return bool(patience) and progress.epoch - progress.best_epoch >= patience
+
+
+def _seed_step(seed: int | None, step: int, rank: int) -> None:
+    """Seed dropout and the like for one step, so that no generator's state has to be saved."""
+    if seed is not None:
+        torch.manual_seed(((seed * 1_000_003 + rank) * 1_000_003 + step) % 2**63)
+
+
+def _gradient_norm(model: nn.Module, clip_grad: float | None, accelerator: Accelerator) -> Tensor:
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip_grad or float("inf"))
+    assert norm is not None
+    return norm
+
+
+def _validate(state: TrainState, loader: DataLoader | ImageLoader, accelerator: Accelerator) -> Results:
+    """Evaluate the averaged weights if there are any, with batch statistics averaged over the processes."""
+    model = state.model if state.ema is None else state.ema
+    for module in {state.model, model}:
+        if accelerator.num_processes > 1:
+            distribute_bn(module, accelerator.num_processes, reduce=True)
+    return evaluate(model, loader, accelerator=accelerator)
+
+
+def _progress_bar(batches: Any, epoch: int, num_epochs: int, accelerator: Accelerator) -> tqdm:
+    # disable=None: no bar where the output is not a terminal
+    return tqdm(batches, f"epoch {epoch + 1}/{num_epochs}", disable=None if accelerator.is_main_process else True)
+
+
+def _shown(results: Results) -> dict[str, str]:
+    return {"loss": f"{results.loss:.4f}", "acc": f"{results.accuracy:.4f}"}
+
+
+def _log_step(
+    meter: Meter, norm: Tensor | None, rate: float, step: int, tracker: Tracker | None, bar: tqdm
+) -> None:
+    total, recent, speed = meter.look()
+    bar.set_postfix(_shown(total))
+    if tracker:
+        tracker.log(
+            {
+                "train/loss": recent.loss,
+                "train/accuracy": recent.accuracy,
+                "train/lr": rate,
+                "train/images_per_second": speed,
+                "train/grad_norm": float(norm) if norm is not None else float("nan"),
+            },
+            step,
+        )
+
+
+def _report(row: Epoch, num_epochs: int) -> None:
+    logger.info(
+        "epoch %d/%d: train loss %.4f, accuracy %.4f; valid loss %.4f, accuracy %.4f; %.0f images/s, %.1f s",
+        row.epoch, num_epochs, row.train_loss, row.train_acc, row.valid_loss, row.valid_acc,
+        row.images_per_second, row.seconds,
+    )  # fmt: skip
