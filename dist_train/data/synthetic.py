@@ -16,8 +16,8 @@ Params = SimpleNamespace  # the numbers of a batch of faces: each attribute is f
 EXPRESSIONS: tuple[str, ...] = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 
 UNITS: dict[int, str] = {
-    1: "inner brow raiser", 2: "outer brow raiser", 4: "brow lowerer", 5: "upper lid raiser", 6: "cheek raiser",
-    7: "lid tightener", 9: "nose wrinkler", 10: "upper lip raiser", 12: "lip corner puller",
+    1: "inner brow raiser", 2: "outer brow raiser", 4: "brow lowerer", 5: "upper lid raiser",
+    6: "cheek raiser", 7: "lid tightener", 9: "nose wrinkler", 10: "upper lip raiser", 12: "lip corner puller",
     15: "lip corner depressor", 16: "lower lip depressor", 17: "chin raiser", 20: "lip stretcher",
     22: "lip funneler", 23: "lip tightener", 24: "lip pressor", 25: "lips part", 26: "jaw drop",
     27: "mouth stretch", 43: "lid droop",
@@ -73,8 +73,9 @@ def draw_faces(count: int, seed: int = 0, size: int = 48) -> tuple[NDArray[np.ui
     images = np.empty((count, 1, size, size), dtype=np.uint8)
     for start in range(0, count, CHUNK):
         chunk = labels[start : start + CHUNK]
-        looks = {k: rng.uniform(*ends, (len(chunk), 1, 1)) for k, ends in (PERSON | VIEW).items()}
-        params = Params(**{k: v.astype(np.float32) for k, v in (looks | _sample_actions(rng, chunk)).items()})
+        drawn = {name: rng.uniform(*ends, (len(chunk), 1, 1)) for name, ends in (PERSON | VIEW).items()}
+        drawn |= _sample_actions(rng, chunk)
+        params = Params(**{name: values.astype(np.float32) for name, values in drawn.items()})
         images[start : start + CHUNK, 0] = _photograph(rng, _draw(params, size), params)
     return images, labels
 
@@ -143,6 +144,10 @@ def _draw(p: Params, size: int) -> Array:
     _draw_eyes(image, x, y, p, soft)
     _draw_brows_and_glasses(image, x, y, p, hair, soft)
     return image
+
+
+# In what follows image, x and y are [n, size, size]: the picture so far and the place of each pixel on the face.
+# Both halves of a face are drawn at once, from |x|.
 
 
 def _draw_head(image: Array, x: Array, y: Array, p: Params, hair: Array, soft: float) -> None:
