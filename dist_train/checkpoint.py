@@ -126,8 +126,11 @@ class Checkpointer:
     def save(self, state: TrainState) -> None:
         """Write checkpoints/step_<n>/ aside, rename it into place, then delete those beyond `keep`."""
         model, optimizer = _full_state(state)
-        rest = {"optimizer": optimizer, "progress": state.progress.state_dict(),
-                "parts": {name: part.state_dict() for name, part in state.parts.items()}}  # fmt: skip
+        rest = {
+            "optimizer": optimizer,
+            "progress": state.progress.state_dict(),
+            "parts": {name: part.state_dict() for name, part in state.parts.items()},
+        }
         if self.accelerator.is_main_process:
             target = self.folder / f"step_{state.progress.step:08d}"
             aside = self.folder / f".{target.name}"
@@ -161,8 +164,13 @@ class Checkpointer:
             model = safetensors.torch.load_file(self.resume_from / "model.safetensors")
             rest = torch.load(self.resume_from / "state.pt", map_location="cpu", weights_only=True)
             options = StateDictOptions(full_state_dict=True)
-            set_state_dict(state.model, state.optimizer, model_state_dict=model,
-                           optim_state_dict=rest["optimizer"], options=options)  # fmt: skip
+            set_state_dict(
+                state.model,
+                state.optimizer,
+                model_state_dict=model,
+                optim_state_dict=rest["optimizer"],
+                options=options,
+            )
             if state.ema is not None:
                 state.ema.load_state_dict(safetensors.torch.load_file(self.resume_from / "ema.safetensors"))
             state.progress.load_state_dict(rest["progress"])
@@ -170,7 +178,9 @@ class Checkpointer:
                 part.load_state_dict(rest["parts"][name])
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise InputError(f"resume: {self.resume_from} cannot be resumed by this configuration ({reason})") from error
+            raise InputError(
+                f"resume: {self.resume_from} cannot be resumed by this configuration ({reason})"
+            ) from error
         logger.info("resumed from %s: step %d, epoch %d", self.resume_from, state.progress.step, state.progress.epoch)
         return True
 

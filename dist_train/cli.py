@@ -89,7 +89,7 @@ def _build_parsers() -> tuple[ArgumentParser, ArgumentParser]:
 
 def _keys(parser: ArgumentParser) -> list[str]:
     """Return the dotted keys of a config file."""
-    return [key for key in parser.get_defaults().keys() if key != "config"]
+    return [key for key, _ in parser.get_defaults().items() if key != "config"]
 
 
 def _with_quickstart(arguments: list[str]) -> list[str]:
@@ -148,8 +148,14 @@ def _explain(message: str, keys: list[str]) -> str:
 def _kind_in_words(kind: str) -> str:
     if choices := re.search(r"Literal\[(.+)\]", kind):
         return f"one of {choices[1].replace(chr(39), '')}"
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
-             "list": "a list, as [a, b]"}  # fmt: skip
+    words = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "NoneType": "null",
+        "list": "a list, as [a, b]",
+    }
     name = re.sub(r"<class '(\w+)'>", r"\1", kind)
     return words.get(name, name)
 

@@ -34,9 +34,7 @@ def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) ->
     )
 
 
-def evaluate(
-    model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator: Accelerator | None = None
-) -> Results:
+def evaluate(model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator: Accelerator | None = None) -> Results:
     """Return the figures of `model` over all samples of `loader`, each counted once for any number of processes.
 
     loader: batches that begin with images and labels (int64 [B]). The model runs in eval mode without
@@ -48,8 +46,12 @@ def evaluate(
     model.eval()
     sums = None
     with torch.inference_mode():
-        for batch in tqdm(shard_exactly(loader, accelerator), "validation", leave=False,
-                          disable=None if accelerator.is_main_process else True):  # fmt: skip
+        for batch in tqdm(
+            shard_exactly(loader, accelerator),
+            "validation",
+            leave=False,
+            disable=None if accelerator.is_main_process else True,
+        ):
             images, labels = batch[0], batch[1]
             if not len(labels):
                 continue

@@ -42,21 +42,29 @@ def plot_history(history: Sequence[Sequence[float]]) -> Figure:
     lists = [np.asarray(values, dtype=float).ravel() for values in history]
     lengths = [len(values) for values in lists]
     if len(lists) != 4 or len(set(lengths)) != 1 or lengths[0] == 0:
-        raise ValueError("history: expected four lists (train_loss, train_acc, valid_loss, valid_acc) of one "
-                         f"length of at least 1, found {len(lists)} of lengths {lengths}")
+        raise ValueError(
+            "history: expected four lists (train_loss, train_acc, valid_loss, valid_acc) of one "
+            f"length of at least 1, found {len(lists)} of lengths {lengths}"
+        )
     figure = _NotebookFigure(figsize=(10.5, 4.2), dpi=144, facecolor=PAPER)
-    loss, accuracy = figure.subplots(1, 2, gridspec_kw={
-        "left": 0.06, "right": 0.905, "bottom": 0.13, "top": 0.83, "wspace": 0.42})
+    loss, accuracy = figure.subplots(
+        1, 2, gridspec_kw={"left": 0.06, "right": 0.905, "bottom": 0.13, "top": 0.83, "wspace": 0.42}
+    )
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    _draw_panel(loss, "Loss", lambda v, at: f"Lowest validation loss {v:.3g} in epoch {at}",
-                lists[::2], np.nanargmin)
-    _draw_panel(accuracy, "Accuracy", lambda v, at: f"Best validation accuracy {v * 100:.1f} % in epoch {at}",
-                lists[1::2], np.nanargmax)
+    _draw_panel(loss, "Loss", lambda v, at: f"Lowest validation loss {v:.3g} in epoch {at}", lists[::2], np.nanargmin)
+    _draw_panel(
+        accuracy,
+        "Accuracy",
+        lambda v, at: f"Best validation accuracy {v * 100:.1f} % in epoch {at}",
+        lists[1::2],
+        np.nanargmax,
+    )
     return figure
 
 
-def _draw_panel(axes: Axes, name: str, words: Callable[[float, int], str], lines: list[np.ndarray],
-                best: Callable[..., Any]) -> None:
+def _draw_panel(
+    axes: Axes, name: str, words: Callable[[float, int], str], lines: list[np.ndarray], best: Callable[..., Any]
+) -> None:
     """One panel: both lines named at their ends, the best validation epoch ringed and told below the name."""
     # Beyond 1e100 the axis limits would overflow; such a loss tells no more than an infinite one.
     both = np.stack([np.where(np.abs(values) < 1e100, values, np.nan) for values in lines])
@@ -72,20 +80,28 @@ def _draw_panel(axes: Axes, name: str, words: Callable[[float, int], str], lines
         at = int(best(both[1]))
         said = words(both[1, at], at + 1)
         axes.axvline(at + 1, color=OTHER, lw=1.2, ls=":", zorder=1)
-        axes.plot([at + 1], both[1, at], "o", ms=9, mfc=PAPER, mec=RIGHT, mew=1.8, zorder=5, clip_on=False,
-                  label="best")
+        axes.plot(
+            [at + 1], both[1, at], "o", ms=9, mfc=PAPER, mec=RIGHT, mew=1.8, zorder=5, clip_on=False, label="best"
+        )
     # A point between two gaps has no line to show it, so broken lines get markers too.
     marker = "o" if epochs <= 20 or lost else ""
     for values, text, colour, width in ((both[0], "train", MUTED, 1.4), (both[1], "validation", RIGHT, 2.2)):
-        axes.plot(range(1, epochs + 1), values, color=colour, lw=width, marker=marker, ms=3.5, zorder=4,
-                  label=text)
+        axes.plot(range(1, epochs + 1), values, color=colour, lw=width, marker=marker, ms=3.5, zorder=4, label=text)
         ends += [((v - bottom) / (top - bottom), text, colour) for v in values[~np.isnan(values)][-1:]]
     if len(ends) == 2 and abs(ends[0][0] - ends[1][0]) < 0.065:
         middle, shift = (ends[0][0] + ends[1][0]) / 2, 0.0325 if ends[0][0] >= ends[1][0] else -0.0325
         ends = [(middle + shift, *ends[0][1:]), (middle - shift, *ends[1][1:])]
     for y, text, colour in ends:
-        axes.text(1.025, y, text, transform=axes.transAxes, color=colour, size=9.5, va="center",
-                  weight="bold" if colour == RIGHT else "normal")
+        axes.text(
+            1.025,
+            y,
+            text,
+            transform=axes.transAxes,
+            color=colour,
+            size=9.5,
+            va="center",
+            weight="bold" if colour == RIGHT else "normal",
+        )
     said += f" ({lost} values not finite)" if lost else ""
     axes.text(0, 1.13, name, transform=axes.transAxes, size=13, weight="bold", color=INK)
     axes.text(0, 1.05, said, transform=axes.transAxes, size=9.5, color=INK)
@@ -106,8 +122,15 @@ def _calm(axes: Axes) -> None:
         axis.label.set(color=MUTED, fontsize=9.5)
 
 
-def view_results(images: Any, labels: Any, model: nn.Module | None = None, *,
-                 classes: Sequence[str] | None = None, probabilities: Any = None, columns: int = 6) -> Figure:
+def view_results(
+    images: Any,
+    labels: Any,
+    model: nn.Module | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    probabilities: Any = None,
+    columns: int = 6,
+) -> Figure:
     """A grid of pictures with their real class, the predicted class and the classes' probabilities.
 
     images: tensor or array [N,1|3,H,W], integers in 0..255 or floats in 0..1; labels: integers [N].
@@ -121,18 +144,26 @@ def view_results(images: Any, labels: Any, model: nn.Module | None = None, *,
     pictures, truth = _checked_pictures(images), _array(labels)
     count = len(pictures)
     if truth.shape != (count,) or truth.dtype.kind not in "iu":
-        raise ValueError(f"labels: expected integers [{count}], one per image, "
-                         f"found {truth.dtype} {list(truth.shape)}")
+        raise ValueError(f"labels: expected integers [{count}], one per image, found {truth.dtype} {list(truth.shape)}")
     if columns < 1 or (model is not None and probabilities is not None):
-        raise ValueError(f"expected at least 1 column, found {columns}" if columns < 1 else
-                         "expected a model or probabilities, found both")
+        raise ValueError(
+            f"expected at least 1 column, found {columns}"
+            if columns < 1
+            else "expected a model or probabilities, found both"
+        )
     shares = None if probabilities is None else _array(probabilities).astype(float)
     if model is not None:
         shares = _predict(model, pictures)
-    if shares is not None and (shares.ndim != 2 or len(shares) != count or shares.size == 0
-                               or not ((shares >= -1e-6) & (shares <= 1 + 1e-6)).all()):
-        raise ValueError(f"probabilities: expected [{count},K] in 0..1, found {list(shares.shape)} "
-                         f"from {shares.min(initial=np.inf):.3g} to {shares.max(initial=-np.inf):.3g}")
+    if shares is not None and (
+        shares.ndim != 2
+        or len(shares) != count
+        or shares.size == 0
+        or not ((shares >= -1e-6) & (shares <= 1 + 1e-6)).all()
+    ):
+        raise ValueError(
+            f"probabilities: expected [{count},K] in 0..1, found {list(shares.shape)} "
+            f"from {shares.min(initial=np.inf):.3g} to {shares.max(initial=-np.inf):.3g}"
+        )
     names = _class_names(classes if classes is not None else getattr(model, "classes", None), shares, truth)
     if truth.min() < 0 or truth.max() >= len(names):
         raise ValueError(f"labels: expected 0..{len(names) - 1}, found {truth.min()}..{truth.max()}")
@@ -153,8 +184,10 @@ def _checked_pictures(images: Any) -> np.ndarray:
         raise ValueError(f"images: expected [N,1|3,H,W] with N of at least 1, found {list(pictures.shape)}")
     top = 1 if pictures.dtype.kind == "f" else 255
     if pictures.dtype.kind not in "fiu" or not ((pictures >= -1e-3) & (pictures <= top + 1e-3)).all():
-        raise ValueError("images: expected integers in 0..255 or floats in 0..1, "
-                         f"found {pictures.dtype} from {pictures.min()} to {pictures.max()}")
+        raise ValueError(
+            "images: expected integers in 0..255 or floats in 0..1, "
+            f"found {pictures.dtype} from {pictures.min()} to {pictures.max()}"
+        )
     return np.clip(pictures.astype(np.float32) / top, 0, 1)
 
 
@@ -188,11 +221,12 @@ def _class_names(given: Sequence[str] | None, shares: np.ndarray | None, truth: 
 def _short(name: str, most: int) -> str:
     """The name in at most so many characters; both ends stay, as long names often differ at the end."""
     tail = (most - 1) // 2
-    return name if len(name) <= most else f"{name[:most - 1 - tail]}…{name[-tail:]}"
+    return name if len(name) <= most else f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
-def _draw_grid(pictures: np.ndarray, truth: np.ndarray, shares: np.ndarray | None, names: list[str],
-               columns: int) -> Figure:
+def _draw_grid(
+    pictures: np.ndarray, truth: np.ndarray, shares: np.ndarray | None, names: list[str], columns: int
+) -> Figure:
     """Lay the cells out in inches, so that one picture and sixty look alike."""
     bars = 0 if shares is None else len(names) if len(names) <= 8 else 6
     label = 0.1 + 0.058 * min(max(len(name) for name in names), 20)
@@ -209,8 +243,14 @@ def _draw_grid(pictures: np.ndarray, truth: np.ndarray, shares: np.ndarray | Non
     said = f"{int((guesses == truth).sum())} of {len(truth)} right" if bars else f"Pictures: {len(truth)}"
     figure.text(edge / width, 1 - 0.4 / height, said, size=13, weight="bold", color=INK)
     if bars and columns > 2:
-        figure.text(1 - edge / width, 1 - 0.4 / height, "dashed frame: wrong    bold: the real class", size=8,
-                    color=MUTED, ha="right")
+        figure.text(
+            1 - edge / width,
+            1 - 0.4 / height,
+            "dashed frame: wrong    bold: the real class",
+            size=8,
+            color=MUTED,
+            ha="right",
+        )
     for i, (picture, real, guess) in enumerate(zip(pictures, truth, guesses, strict=True)):
         x, y = edge + i % columns * (side + gap), head + title + i // columns * (title + side + chart + gap)
         axes = axes_at(x, y, side, side)
@@ -222,8 +262,16 @@ def _draw_grid(pictures: np.ndarray, truth: np.ndarray, shares: np.ndarray | Non
             below = axes_at(x + label, y + side + 0.08, side - label, chart - 0.08)
             _draw_bars(below, shares[i], names, int(real), bars)
         # The family is named since others may lack the marks.
-        axes.set_title(text, x=0, ha="left", size=8.5, color=INK if real == guess else WRONG, pad=5,
-                       linespacing=1.35, family="DejaVu Sans")
+        axes.set_title(
+            text,
+            x=0,
+            ha="left",
+            size=8.5,
+            color=INK if real == guess else WRONG,
+            pad=5,
+            linespacing=1.35,
+            family="DejaVu Sans",
+        )
     return figure
 
 
@@ -267,8 +315,10 @@ def plot_confusion(matrix: Any, classes: Sequence[str]) -> Figure:
     """
     counts, size = _array(matrix), len(classes)
     if size == 0 or counts.shape != (size, size) or counts.dtype.kind not in "iu" or counts.min() < 0:
-        raise ValueError(f"matrix: expected integers of at least 0, [K,K] for the {size} classes, K >= 1, "
-                         f"found {counts.dtype} {list(counts.shape)} from {counts.min(initial=0)}")
+        raise ValueError(
+            f"matrix: expected integers of at least 0, [K,K] for the {size} classes, K >= 1, "
+            f"found {counts.dtype} {list(counts.shape)} from {counts.min(initial=0)}"
+        )
     totals, total, hits = counts.sum(1), int(counts.sum()), int(np.trace(counts))
     labels = [_short(str(name), 24) for name in classes]
     longest = max(map(len, labels))
@@ -279,8 +329,13 @@ def plot_confusion(matrix: Any, classes: Sequence[str]) -> Figure:
     axes = figure.add_axes((margin / width, foot / height, table / width, table / height))
     _draw_cells(axes, counts, totals)
     axes.set(xlim=(0, size), ylim=(size, 0), xlabel="Predicted", ylabel="Real")
-    axes.set_xticks(np.arange(size) + 0.5, labels, rotation=40 if slanted else 0,
-                    ha="right" if slanted else "center", rotation_mode="anchor")
+    axes.set_xticks(
+        np.arange(size) + 0.5,
+        labels,
+        rotation=40 if slanted else 0,
+        ha="right" if slanted else "center",
+        rotation_mode="anchor",
+    )
     axes.set_yticks(np.arange(size) + 0.5, [f"{n}\n{t:,}" for n, t in zip(labels, totals, strict=True)])
     _calm(axes)
     axes.tick_params(labelcolor=INK)

@@ -57,8 +57,12 @@ class FaceModel(nn.Module):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.settings = {"backbone": backbone, "num_classes": num_classes, "in_channels": in_channels,
-                         "image_size": image_size}  # fmt: skip
+        self.settings = {
+            "backbone": backbone,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+        }
         self.in_channels = in_channels
         self.image_size = image_size
         if classes is None:
@@ -123,8 +127,9 @@ def _build_torchvision(
 ) -> tuple[nn.Module, list[float], list[float]]:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        raise InputError(f"model.backbone: no torchvision classifier {name!r}{nearest(name, names)}; "
-                         "timm's are written timm/NAME")  # fmt: skip
+        raise InputError(
+            f"model.backbone: no torchvision classifier {name!r}{nearest(name, names)}; timm's are written timm/NAME"
+        )
     options: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -166,8 +171,15 @@ def _make_gray(model: nn.Module) -> None:
     for parent in model.modules():
         for name, conv in parent.named_children():
             if isinstance(conv, nn.Conv2d):
-                gray = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-                                 conv.dilation, bias=conv.bias is not None)  # type: ignore[arg-type]  # fmt: skip
+                gray = nn.Conv2d(
+                    1,
+                    conv.out_channels,
+                    conv.kernel_size,
+                    conv.stride,
+                    conv.padding,  # type: ignore[arg-type]
+                    conv.dilation,
+                    bias=conv.bias is not None,
+                )  # type: ignore[arg-type]
                 setattr(parent, name, gray)
                 return
 
@@ -215,8 +227,13 @@ def _load_state(
     state = dict(state)
     for key in _head_keys(model) if head is None else head:
         if key in state and key in own and state[key].shape != own[key].shape:
-            logger.info("%s: head %s has %d classes, not %d; a new random head replaces it",
-                        source, key, len(state[key]), len(own[key]))  # fmt: skip
+            logger.info(
+                "%s: head %s has %d classes, not %d; a new random head replaces it",
+                source,
+                key,
+                len(state[key]),
+                len(own[key]),
+            )
             state[key] = own[key]
     for key, tensor in state.items():
         if key in own and tensor.ndim == 4 and own[key].shape[1] == 1 and tensor.shape[1] == 3:
@@ -224,10 +241,16 @@ def _load_state(
             break
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
-    other = [f"{key} {list(tensor.shape)} for {list(own[key].shape)}" for key, tensor in state.items()
-             if key in own and tensor.shape != own[key].shape]  # fmt: skip
+    other = [
+        f"{key} {list(tensor.shape)} for {list(own[key].shape)}"
+        for key, tensor in state.items()
+        if key in own and tensor.shape != own[key].shape
+    ]
     if missing or unknown or other:
-        found = [f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-                 for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", other)) if keys]  # fmt: skip
+        found = [
+            f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+            for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", other))
+            if keys
+        ]
         raise InputError(f"model.weights: {source} does not fit the backbone; keys {'; '.join(found)}")
     model.load_state_dict(state, strict=False)

@@ -66,25 +66,46 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
     progress = Progress(run_id=on_main(accelerator, _run_id, run_dir))
     tracker = Tracker(accelerator, config.track, run_dir, asdict(config), progress.run_id)
     checkpointer = Checkpointer(
-        run_dir, accelerator, keep=config.save.keep, every_epochs=config.save.every_epochs,
-        every_steps=config.save.every_steps, resume_from=checkpoint,
-    )  # fmt: skip
+        run_dir,
+        accelerator,
+        keep=config.save.keep,
+        every_epochs=config.save.every_epochs,
+        every_steps=config.save.every_steps,
+        resume_from=checkpoint,
+    )
     started = time.perf_counter()
     try:
         history = train(
-            model, trainloader, validloader, optimizer, config.train.epochs,
-            accelerator=accelerator, scheduler=scheduler,
-            gradient_accumulation=config.train.gradient_accumulation, label_smoothing=config.train.label_smoothing,
-            clip_grad=config.train.clip_grad, ema=config.train.ema, patience=config.train.patience,
-            max_steps=config.train.max_steps, best_on=config.save.best_on, seed=config.train.seed,
-            log_every=config.track.log_every, tracker=tracker, checkpointer=checkpointer, progress=progress,
-        )  # fmt: skip
+            model,
+            trainloader,
+            validloader,
+            optimizer,
+            config.train.epochs,
+            accelerator=accelerator,
+            scheduler=scheduler,
+            gradient_accumulation=config.train.gradient_accumulation,
+            label_smoothing=config.train.label_smoothing,
+            clip_grad=config.train.clip_grad,
+            ema=config.train.ema,
+            patience=config.train.patience,
+            max_steps=config.train.max_steps,
+            best_on=config.save.best_on,
+            seed=config.train.seed,
+            log_every=config.track.log_every,
+            tracker=tracker,
+            checkpointer=checkpointer,
+            progress=progress,
+        )
         _finish(run_dir, history, validloader, splits[1], tracker, accelerator)
         if accelerator.is_main_process:
             summary = _summarise(progress, time.perf_counter() - started, accelerator)
             _write_json(run_dir / "summary.json", summary)
-            logger.info("best validation accuracy %.4f in epoch %d; run folder: %s",
-                        summary["best_valid_acc"], summary["best_epoch"], run_dir)  # fmt: skip
+            logger.info(
+                "best validation accuracy %.4f in epoch %d; run folder: %s",
+                summary["best_valid_acc"],
+                summary["best_epoch"],
+                run_dir,
+            )
     finally:
         tracker.finish()
     return run_dir
@@ -102,7 +123,9 @@ def build_accelerator(config: Config) -> Accelerator:
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = choose_precision(config.train.precision, cpu)
     accelerator = Accelerator(
-        cpu=cpu, mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        cpu=cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     _check_processes(accelerator)
     if cpu and config.train.sync_batchnorm:
@@ -133,19 +156,27 @@ def _cpu_computes_bf16() -> bool:
 
 
 def _check_processes(accelerator: Accelerator) -> None:
-    """Refuse a launcher that meant several processes and started one, or started several that do not know each other."""
+    """Refuse a launcher that asked for more processes than this training found."""
     found = accelerator.num_processes
     for name in ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES"):
         asked = os.environ.get(name, "")
         if asked.isdecimal() and int(asked) != found:
-            raise InputError(f"{name}: the launcher asks for {asked} processes, but this training is of {found}; "
-                             "start it with accelerate launch --config_file launch/accelerate/multi_cpu.yaml")  # fmt: skip
+            raise InputError(
+                f"{name}: the launcher asks for {asked} processes, but this training is of {found}; "
+                "start it with accelerate launch --config_file launch/accelerate/multi_cpu.yaml"
+            )
     # accelerate launch sets MASTER_ADDR for several processes, but starts only one with --cpu or MULTI_CPU
-    if found == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ \
-            and "RANK" not in os.environ:  # fmt: skip
-        raise InputError("MASTER_ADDR: accelerate launch was asked for several processes but started one (it does so "
-                         "with --cpu and with distributed_type MULTI_CPU); use launch/accelerate/multi_cpu.yaml, or "
-                         "unset MASTER_ADDR for one process")  # fmt: skip
+    if (
+        found == 1
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+        and "MASTER_ADDR" in os.environ
+        and "RANK" not in os.environ
+    ):
+        raise InputError(
+            "MASTER_ADDR: accelerate launch was asked for several processes but started one (it does so "
+            "with --cpu and with distributed_type MULTI_CPU); use launch/accelerate/multi_cpu.yaml, or "
+            "unset MASTER_ADDR for one process"
+        )
 
 
 def _set_threads(accelerator: Accelerator, cpu: bool) -> None:
@@ -163,9 +194,14 @@ def build_model(config: Config, data: ImageSet) -> FaceModel:
     """Return the configured model with a head for the classes of `data`."""
     settings = config.model
     model = FaceModel(
-        settings.backbone, len(data.classes), settings.pretrained, settings.weights,
-        in_channels=settings.in_channels, classes=data.classes, image_size=config.data.image_size,
-    )  # fmt: skip
+        settings.backbone,
+        len(data.classes),
+        settings.pretrained,
+        settings.weights,
+        in_channels=settings.in_channels,
+        classes=data.classes,
+        image_size=config.data.image_size,
+    )
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.train.sync_batchnorm:
@@ -180,12 +216,21 @@ def build_loaders(
 ) -> tuple[ImageLoader, ImageLoader]:
     """Return the train and validation loaders of this process."""
     place: dict[str, Any] = {
-        "rank": accelerator.process_index, "world_size": accelerator.num_processes,
-        "device": accelerator.device, "residency": config.data.residency,
-    }  # fmt: skip
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "device": accelerator.device,
+        "residency": config.data.residency,
+    }
     train, validation = splits
-    trainloader = ImageLoader(train, config.train.batch_size, shuffle=True, augment=config.data.augment,
-                              mixup=config.train.mixup, seed=config.train.seed, **place)  # fmt: skip
+    trainloader = ImageLoader(
+        train,
+        config.train.batch_size,
+        shuffle=True,
+        augment=config.data.augment,
+        mixup=config.train.mixup,
+        seed=config.train.seed,
+        **place,
+    )
     return trainloader, ImageLoader(validation, config.train.batch_size, **place)
 
 
@@ -232,7 +277,12 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _finish(
-    run_dir: Path, history: History, loader: ImageLoader, validation: ImageSet, tracker: Tracker, accelerator: Accelerator
+    run_dir: Path,
+    history: History,
+    loader: ImageLoader,
+    validation: ImageSet,
+    tracker: Tracker,
+    accelerator: Accelerator,
 ) -> None:
     """Evaluate the best model once more and leave its pictures, in the folder and with the tracker."""
     if not (run_dir / "best").is_dir():
@@ -269,10 +319,15 @@ def _list_mistakes(model: FaceModel, data: ImageSet) -> tuple[list[str], list[li
     wrong = np.flatnonzero(predicted.numpy() != data.labels)
     wrong = wrong[np.argsort(-confidence.numpy()[wrong], kind="stable")][:LISTED_MISTAKES]
     rows = [
-        [data.images[i].transpose(1, 2, 0).squeeze(), data.names[i], data.classes[data.labels[i]],
-         data.classes[int(predicted[i])], float(confidence[i])]
+        [
+            data.images[i].transpose(1, 2, 0).squeeze(),
+            data.names[i],
+            data.classes[data.labels[i]],
+            data.classes[int(predicted[i])],
+            float(confidence[i]),
+        ]
         for i in wrong
-    ]  # fmt: skip
+    ]
     return ["image", "name", "real", "predicted", "confidence"], rows
 
 

@@ -32,8 +32,10 @@ def check_tracker(config: TrackConfig) -> None:
     if config.tool == "tensorboard" and not is_tensorboard_available():
         raise InputError("track.tool: tensorboard is not installed; pip install 'dist_train[tensorboard]'")
     if config.tool == "wandb" and config.wandb == "online" and not _has_wandb_login():
-        raise InputError("track.wandb: online, but no W&B login is here; run `wandb login`, set WANDB_API_KEY, "
-                         "or use track.wandb: offline")  # fmt: skip
+        raise InputError(
+            "track.wandb: online, but no W&B login is here; run `wandb login`, set WANDB_API_KEY, "
+            "or use track.wandb: offline"
+        )
 
 
 class Tracker:
@@ -123,9 +125,14 @@ def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str) -> GeneralTrac
     from accelerate.tracking import WandBTracker
 
     options: dict[str, Any] = {
-        "entity": config.entity, "name": config.name or run_dir.name, "tags": config.tags, "dir": str(run_dir),
-        "id": run_id, "resume": "allow", "settings": wandb.Settings(init_timeout=INIT_SECONDS),
-    }  # fmt: skip
+        "entity": config.entity,
+        "name": config.name or run_dir.name,
+        "tags": config.tags,
+        "dir": str(run_dir),
+        "id": run_id,
+        "resume": "allow",
+        "settings": wandb.Settings(init_timeout=INIT_SECONDS),
+    }
     mode = _wandb_mode(config)
     tracker = WandBTracker(config.project, mode=mode, **options)
     try:

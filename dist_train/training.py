@@ -91,14 +91,13 @@ def train(
         meter.start_clock()
         rate = optimizer.param_groups[0]["lr"]
         with _progress_bar(batches, progress.epoch, num_epochs, accelerator) as bar:
-            for images, labels, scale in bar:
+            for batch in bar:
                 _seed_step(seed, progress.step, accelerator.process_index)
-                parts = list(zip(images.chunk(gradient_accumulation), labels.chunk(gradient_accumulation), strict=True))
-                for number, (images, labels) in enumerate(parts, start=1):
-                    with accelerator.no_sync(model) if number < len(parts) else nullcontext():
+                for images, labels, last in _micro_batches(batch, gradient_accumulation):
+                    with nullcontext() if last else accelerator.no_sync(model):
                         logits = model(images)
                         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-                        accelerator.backward(loss * scale)
+                        accelerator.backward(loss * batch.scale)
                     meter.update(loss, logits, labels)
                 progress.step += 1
                 logs = progress.step % log_every == 0
@@ -119,8 +118,9 @@ def train(
             trained, speed = meter.end_epoch()
             valid = _validate(state, validloader, accelerator)
             bar.set_postfix(_shown(trained) | {f"valid_{name}": text for name, text in _shown(valid).items()})
-        row = Epoch(progress.epoch + 1, trained.loss, trained.accuracy, valid.loss, valid.accuracy,
-                    rate, speed, meter.seconds)  # fmt: skip
+        row = Epoch(
+            progress.epoch + 1, trained.loss, trained.accuracy, valid.loss, valid.accuracy, rate, speed, meter.seconds
+        )
         progress.add(row, {"accuracy": valid.accuracy, "macro_f1": valid.macro_f1, "loss": -valid.loss}[best_on])
         _report(row, num_epochs)
         if tracker:
@@ -128,8 +128,12 @@ def train(
         if checkpointer:
             checkpointer.after_epoch(state, last=_finished(progress, num_epochs, max_steps, patience))
     rows = progress.epochs
-    return History([row.train_loss for row in rows], [row.train_acc for row in rows],
-                   [row.valid_loss for row in rows], [row.valid_acc for row in rows])  # fmt: skip
+    return History(
+        [row.train_loss for row in rows],
+        [row.train_acc for row in rows],
+        [row.valid_loss for row in rows],
+        [row.valid_acc for row in rows],
+    )
 
 
 class _DataLoaderBatches:
@@ -153,6 +157,13 @@ class _DataLoaderBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin the epoch anew: an ordinary DataLoader has no position."""
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Yield up to `count` parts (images, labels, whether it is the last) of a batch."""
+    parts = list(zip(batch.images.chunk(count), batch.labels.chunk(count), strict=True))
+    for number, (images, labels) in enumerate(parts, start=1):
+        yield images, labels, number == len(parts)
 
 
 def _finished(progress: Progress, num_epochs: int, max_steps: int | None, patience: int | None) -> bool:
@@ -191,9 +202,7 @@ def _shown(results: Results) -> dict[str, str]:
     return {"loss": f"{results.loss:.4f}", "acc": f"{results.accuracy:.4f}"}
 
 
-def _log_step(
-    meter: Meter, norm: Tensor | None, rate: float, step: int, tracker: Tracker | None, bar: tqdm
-) -> None:
+def _log_step(meter: Meter, norm: Tensor | None, rate: float, step: int, tracker: Tracker | None, bar: tqdm) -> None:
     total, recent, speed = meter.look()
     bar.set_postfix(_shown(total))
     if tracker:
@@ -212,6 +221,12 @@ def _log_step(
 def _report(row: Epoch, num_epochs: int) -> None:
     logger.info(
         "epoch %d/%d: train loss %.4f, accuracy %.4f; valid loss %.4f, accuracy %.4f; %.0f images/s, %.1f s",
-        row.epoch, num_epochs, row.train_loss, row.train_acc, row.valid_loss, row.valid_acc,
-        row.images_per_second, row.seconds,
-    )  # fmt: skip
+        row.epoch,
+        num_epochs,
+        row.train_loss,
+        row.train_acc,
+        row.valid_loss,
+        row.valid_acc,
+        row.images_per_second,
+        row.seconds,
+    )

@@ -45,9 +45,7 @@ class FirstPixels(nn.Module):
         self.met: list[tuple] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.met.append(
-            (self.training, self.frozen.training, images.dtype, torch.is_inference_mode_enabled())
-        )
+        self.met.append((self.training, self.frozen.training, images.dtype, torch.is_inference_mode_enabled()))
         return images.flatten(1)[:, : self.size] * self.scale * 9
 
 
@@ -55,9 +53,7 @@ def test_history_names_lines_and_tells_the_best_epoch():
     figure = drawn(plot_history([[2.0, 1.5, 1.0], [0.2, 0.4, 0.6], [2.1, 1.25, 1.6], [0.25, 0.5, 0.45]]))
     loss, accuracy = figure.axes
     assert loss.get_xlabel() == accuracy.get_xlabel() == "Epoch"
-    assert {"Accuracy", "train", "validation", "Best validation accuracy 50.0 % in epoch 2"} <= set(
-        texts(accuracy)
-    )
+    assert {"Accuracy", "train", "validation", "Best validation accuracy 50.0 % in epoch 2"} <= set(texts(accuracy))
     assert {"Loss", "train", "validation", "Lowest validation loss 1.25 in epoch 2"} <= set(texts(loss))
     lines = {line.get_label(): line.get_xydata().tolist() for line in accuracy.lines}
     assert lines["best"] == [[2, 0.5]]
@@ -72,16 +68,12 @@ def test_history_ticks_are_few_whole_epochs(epochs):
         ticks = axes.get_xticks()
         assert ticks[0] == 1 and ticks[-1] <= epochs and len(ticks) <= 12
         assert all(float(tick).is_integer() for tick in ticks)
-    assert f"Best validation accuracy {100.0 if epochs > 1 else 0.0} % in epoch {epochs}" in texts(
-        figure.axes[1]
-    )
+    assert f"Best validation accuracy {100.0 if epochs > 1 else 0.0} % in epoch {epochs}" in texts(figure.axes[1])
 
 
 def test_history_keeps_the_names_of_close_lines_apart():
     figure = drawn(plot_history([[0.7] * 3, [0.5] * 3] * 2))
-    heights = [
-        text.get_position()[1] for text in figure.axes[0].texts if text.get_text() in ("train", "validation")
-    ]
+    heights = [text.get_position()[1] for text in figure.axes[0].texts if text.get_text() in ("train", "validation")]
     assert abs(heights[0] - heights[1]) > 0.06
 
 
@@ -95,7 +87,7 @@ def test_history_counts_values_that_are_not_finite():
 
 @pytest.mark.parametrize("history", [[], [[1.0]] * 3, [[]] * 4, [[1.0], [1.0], [1.0, 2.0], [1.0]]])
 def test_history_refuses_other_lists(history):
-    with pytest.raises(ValueError, match="expected four lists .* found"):
+    with pytest.raises(ValueError, match=r"expected four lists .* found"):
         plot_history(history)
 
 
@@ -111,9 +103,7 @@ def test_results_tell_right_from_wrong_without_colour():
     assert frames[0].get_linewidth() < frames[1].get_linewidth()
     assert texts(figure)[0] == "1 of 2 right"
     assert [tick.get_text() for tick in wrong_bars.get_yticklabels()] == list(CLASSES)
-    assert [tick.get_text() for tick in wrong_bars.get_yticklabels() if tick.get_fontweight() == "bold"] == [
-        "sad"
-    ]
+    assert [tick.get_text() for tick in wrong_bars.get_yticklabels() if tick.get_fontweight() == "bold"] == ["sad"]
     assert sorted(texts(wrong_bars)) == ["5 %", "70 %"] and texts(right_bars) == ["70 %"]
     assert np.allclose([bar.get_width() for bar in wrong_bars.patches[7:]], shares[1])
 
@@ -142,17 +132,13 @@ def test_results_restore_modes_when_the_model_fails():
 
 def test_results_names_fall_back_to_numbers_and_classes():
     assert drawn(view_results(pictures(1), [1], FirstPixels(4))).axes[0].get_title().startswith("real 1\n")
-    assert (
-        drawn(view_results(pictures(1), [1], FirstPixels(7))).axes[0].get_title().startswith("real disgust\n")
-    )
+    assert drawn(view_results(pictures(1), [1], FirstPixels(7))).axes[0].get_title().startswith("real disgust\n")
     given = drawn(view_results(pictures(1), [1], FirstPixels(2, ("x", "y")), classes=("no", "yes")))
     assert given.axes[0].get_title().startswith("real yes\n")
 
 
 def test_results_without_predictions_show_only_real_labels():
-    figure = drawn(
-        view_results(np.random.default_rng(0).random((3, 1, 8, 8)), np.array([0, 6, 3]), columns=2)
-    )
+    figure = drawn(view_results(np.random.default_rng(0).random((3, 1, 8, 8)), np.array([0, 6, 3]), columns=2))
     assert [axes.get_title() for axes in figure.axes] == ["real angry", "real surprise", "real happy"]
     tops = [axes.get_position().y0 for axes in figure.axes]
     assert tops[0] == tops[1] > tops[2]
@@ -202,9 +188,7 @@ def test_results_refuse_other_input(arguments, message):
 
 
 def test_confusion_says_shares_and_counts_and_survives_empty_rows():
-    figure = drawn(
-        plot_confusion(torch.tensor([[1500, 500, 0], [0, 0, 0], [1, 1, 2]]), ["cat", "dog", "owl"])
-    )
+    figure = drawn(plot_confusion(torch.tensor([[1500, 500, 0], [0, 0, 0], [1, 1, 2]]), ["cat", "dog", "owl"]))
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("Predicted", "Real")
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["cat", "dog", "owl"]
@@ -244,7 +228,7 @@ def test_confusion_fits_any_size_and_an_empty_matrix(size):
     "matrix", [np.zeros((2, 2), int), np.zeros((3, 2), int), np.zeros((3, 3)), -np.eye(3, dtype=int)]
 )
 def test_confusion_refuses_other_matrices(matrix):
-    with pytest.raises(ValueError, match="matrix: expected integers .* for the 3 classes.* found"):
+    with pytest.raises(ValueError, match=r"matrix: expected integers .* for the 3 classes.* found"):
         plot_confusion(matrix, ["a", "b", "c"])
 
 

@@ -76,8 +76,13 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     _check_classes(train, validation)
     if config.drop_leaked:
         validation = _drop_leaked(train, validation)
-    logger.info("data: %d train and %d validation images, %d classes, %s", len(train), len(validation),
-                len(train.classes), "x".join(str(n) for n in train.images.shape[1:]))  # fmt: skip
+    logger.info(
+        "data: %d train and %d validation images, %d classes, %s",
+        len(train),
+        len(validation),
+        len(train.classes),
+        "x".join(str(n) for n in train.images.shape[1:]),
+    )
     return train, validation
 
 
@@ -90,8 +95,7 @@ def _load_source(config: DataConfig) -> Splits:
     if kind == "auto":
         kind = "folder" if path.is_dir() else "csv"
     if (kind == "folder") != path.is_dir():
-        raise InputError(f"data.path: {path} is {'a folder' if path.is_dir() else 'a file'}, "
-                         f"but data.source is {kind}")  # fmt: skip
+        raise InputError(f"data.path: {path} is {'a folder' if path.is_dir() else 'a file'}, but data.source is {kind}")
     if kind == "csv":
         stamp = [str(path.resolve()), *_stamp(path)]
         return _cached(config, stamp, lambda: _read_fer2013(path, config))
@@ -123,16 +127,20 @@ def _split_folders(path: Path) -> dict[str, Path]:
         if folder:
             found[split] = folder
     if "train" not in found:
-        raise InputError(f"data.path: {path} has no folder train/; expected train/<class>/* and "
-                         "validation/<class>/*")  # fmt: skip
+        raise InputError(f"data.path: {path} has no folder train/; expected train/<class>/* and validation/<class>/*")
     return found
 
 
 def _list_files(folder: Path) -> list[Path]:
     """Return all image files under `folder`/<class>/, sorted, by the file endings that PIL knows."""
     endings = Image.registered_extensions()
-    files = [file for kind in folder.iterdir() if kind.is_dir() and not kind.name.startswith(".")
-             for file in kind.rglob("*") if file.suffix.lower() in endings]  # fmt: skip
+    files = [
+        file
+        for kind in folder.iterdir()
+        if kind.is_dir() and not kind.name.startswith(".")
+        for file in kind.rglob("*")
+        if file.suffix.lower() in endings
+    ]
     return sorted(files)
 
 
@@ -149,9 +157,7 @@ def _class_names(path: Path, files: dict[str, list[Path]]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _decode_folders(
-    path: Path, files: dict[str, list[Path]], classes: tuple[str, ...], config: DataConfig
-) -> Splits:
+def _decode_folders(path: Path, files: dict[str, list[Path]], classes: tuple[str, ...], config: DataConfig) -> Splits:
     every = [file for split in files.values() for file in split]
     decoded, bad = _decode(every, config)
     if bad:
@@ -179,11 +185,8 @@ def _decode(files: Sequence[Path], config: DataConfig) -> tuple[dict[Path, np.nd
             return error
 
     with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool:
-        results = list(
-            tqdm(pool.map(decode, files), "decoding", len(files), unit="image", disable=None, leave=False)
-        )
-    bad = [f"{file} ({result})" for file, result in zip(files, results, strict=True)
-           if isinstance(result, Exception)]  # fmt: skip
+        results = list(tqdm(pool.map(decode, files), "decoding", len(files), unit="image", disable=None, leave=False))
+    bad = [f"{file} ({result})" for file, result in zip(files, results, strict=True) if isinstance(result, Exception)]
     return {f: None if isinstance(r, Exception) else r for f, r in zip(files, results, strict=True)}, bad
 
 
@@ -268,8 +271,10 @@ def _check_classes(train: ImageSet, validation: ImageSet) -> None:
             raise InputError(f"data: the {split} split has no images")
         present = Counter(images.labels.tolist())
         if missing := [name for label, name in enumerate(images.classes) if not present[label]]:
-            raise InputError(f"data: class {', '.join(missing)} has no images in the {split} split; "
-                             "every class must be in both splits")  # fmt: skip
+            raise InputError(
+                f"data: class {', '.join(missing)} has no images in the {split} split; "
+                "every class must be in both splits"
+            )
     if len(train.classes) < 2:
         raise InputError(f"data: only one class, {train.classes[0]}; a classifier needs two or more")
 

@@ -16,46 +16,102 @@ Params = SimpleNamespace  # the numbers of a batch of faces: each attribute is f
 EXPRESSIONS: tuple[str, ...] = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 
 UNITS: dict[int, str] = {
-    1: "inner brow raiser", 2: "outer brow raiser", 4: "brow lowerer", 5: "upper lid raiser",
-    6: "cheek raiser", 7: "lid tightener", 9: "nose wrinkler", 10: "upper lip raiser", 12: "lip corner puller",
-    15: "lip corner depressor", 16: "lower lip depressor", 17: "chin raiser", 20: "lip stretcher",
-    22: "lip funneler", 23: "lip tightener", 24: "lip pressor", 25: "lips part", 26: "jaw drop",
-    27: "mouth stretch", 43: "lid droop",
-}  # fmt: skip
+    1: "inner brow raiser",
+    2: "outer brow raiser",
+    4: "brow lowerer",
+    5: "upper lid raiser",
+    6: "cheek raiser",
+    7: "lid tightener",
+    9: "nose wrinkler",
+    10: "upper lip raiser",
+    12: "lip corner puller",
+    15: "lip corner depressor",
+    16: "lower lip depressor",
+    17: "chin raiser",
+    20: "lip stretcher",
+    22: "lip funneler",
+    23: "lip tightener",
+    24: "lip pressor",
+    25: "lips part",
+    26: "jaw drop",
+    27: "mouth stretch",
+    43: "lid droop",
+}
 
 # Action unit -> strength at full intensity. A face shows one of the variants of its expression.
 ACTIONS: dict[str, tuple[dict[int, float], ...]] = {
-    "angry": ({4: 1.0, 5: 0.2, 7: 0.8, 17: 0.5, 23: 1.0, 24: 1.0},
-              {4: 1.0, 5: 0.4, 7: 0.7, 10: 0.4, 16: 0.8, 22: 0.5, 25: 1.0}),
-    "disgust": ({4: 0.4, 6: 0.3, 7: 0.5, 9: 1.0, 10: 0.8, 15: 0.4, 17: 0.7},
-                {4: 0.3, 6: 0.3, 7: 0.6, 9: 1.0, 10: 1.0, 16: 0.5, 25: 0.5}),
-    "fear": ({1: 1.0, 2: 0.5, 4: 0.4, 5: 1.0, 20: 1.0, 25: 0.9},
-             {1: 1.0, 2: 0.6, 4: 0.4, 5: 1.0, 20: 1.0, 25: 1.0, 26: 0.5}),
+    "angry": (
+        {4: 1.0, 5: 0.2, 7: 0.8, 17: 0.5, 23: 1.0, 24: 1.0},
+        {4: 1.0, 5: 0.4, 7: 0.7, 10: 0.4, 16: 0.8, 22: 0.5, 25: 1.0},
+    ),
+    "disgust": (
+        {4: 0.4, 6: 0.3, 7: 0.5, 9: 1.0, 10: 0.8, 15: 0.4, 17: 0.7},
+        {4: 0.3, 6: 0.3, 7: 0.6, 9: 1.0, 10: 1.0, 16: 0.5, 25: 0.5},
+    ),
+    "fear": (
+        {1: 1.0, 2: 0.5, 4: 0.4, 5: 1.0, 20: 1.0, 25: 0.9},
+        {1: 1.0, 2: 0.6, 4: 0.4, 5: 1.0, 20: 1.0, 25: 1.0, 26: 0.5},
+    ),
     "happy": ({6: 0.8, 12: 1.0}, {6: 0.9, 12: 1.0, 25: 0.8}, {6: 1.0, 12: 1.0, 25: 1.0, 26: 0.5}),
     "neutral": ({},),
     "sad": ({1: 1.0, 4: 0.5, 15: 1.0, 17: 0.6, 43: 0.3}, {1: 0.9, 4: 0.6, 7: 0.3, 15: 1.0, 43: 0.5}),
-    "surprise": ({1: 0.9, 2: 1.0, 5: 0.8, 25: 0.5, 26: 1.0},
-                 {1: 1.0, 2: 1.0, 5: 1.0, 25: 0.5, 26: 0.5, 27: 1.0}),
-}  # fmt: skip
-INTENSITY = (0.65, 1.0)
+    "surprise": ({1: 0.9, 2: 1.0, 5: 0.8, 25: 0.5, 26: 1.0}, {1: 1.0, 2: 1.0, 5: 1.0, 25: 0.5, 26: 0.5, 27: 1.0}),
+}
+INTENSITY = (0.75, 1.1)
 
 # Ranges of the uniform draws. Lengths are in half image widths, y points down, tones go from 0 (black) to 1.
 PERSON = {
-    "head_width": (0.68, 0.80), "head_height": (0.90, 1.02), "jaw": (0.05, 0.25), "square": (0.0, 0.45),
-    "skin": (0.45, 0.86), "age": (0.0, 1.0), "beard": (0.0, 1.0), "glasses": (0.0, 1.0), "bald": (0.0, 1.0),
-    "hair_tone": (0.05, 0.40), "fair": (0.0, 1.0), "hair_long": (0.0, 1.0), "hairline": (-0.80, -0.56),
-    "parting": (-0.3, 0.3), "fringe": (-0.2, 0.9), "volume": (0.04, 0.20), "curl": (0.05, 0.25),
-    "eye_x": (0.31, 0.38), "eye_y": (-0.21, -0.13), "eye_width": (0.155, 0.20), "eye_open": (0.055, 0.08),
-    "eye_tilt": (-0.10, 0.16), "iris": (0.06, 0.32), "brow_y": (-0.43, -0.37), "brow_arch": (0.0, 0.06),
-    "brow_width": (0.020, 0.038), "nose_y": (0.16, 0.25), "nose_width": (0.11, 0.17),
-    "mouth_y": (0.49, 0.57), "mouth_width": (0.24, 0.32), "lip": (0.045, 0.085), "lip_tone": (0.55, 0.85),
-}  # fmt: skip
+    "head_width": (0.68, 0.80),
+    "head_height": (0.90, 1.02),
+    "jaw": (0.05, 0.25),
+    "square": (0.0, 0.45),
+    "skin": (0.45, 0.86),
+    "age": (0.0, 1.0),
+    "beard": (0.0, 1.0),
+    "glasses": (0.0, 1.0),
+    "bald": (0.0, 1.0),
+    "hair_tone": (0.05, 0.40),
+    "fair": (0.0, 1.0),
+    "hair_long": (0.0, 1.0),
+    "hairline": (-0.80, -0.56),
+    "parting": (-0.2, 0.2),
+    "fringe": (0.0, 0.9),
+    "volume": (0.04, 0.20),
+    "curl": (0.05, 0.25),
+    "eye_x": (0.31, 0.38),
+    "eye_y": (-0.21, -0.13),
+    "eye_width": (0.155, 0.20),
+    "eye_open": (0.055, 0.08),
+    "eye_tilt": (-0.10, 0.16),
+    "iris": (0.06, 0.32),
+    "brow_y": (-0.43, -0.37),
+    "brow_arch": (0.0, 0.06),
+    "brow_width": (0.020, 0.038),
+    "nose_y": (0.16, 0.25),
+    "nose_width": (0.11, 0.17),
+    "mouth_y": (0.49, 0.57),
+    "mouth_width": (0.24, 0.32),
+    "lip": (0.045, 0.085),
+    "lip_tone": (0.55, 0.85),
+}
 VIEW = {
-    "turn": (-0.13, 0.13), "nod": (-0.08, 0.08), "roll": (-0.17, 0.17), "zoom": (1.02, 1.24),
-    "shift_x": (-0.09, 0.09), "shift_y": (-0.10, 0.08), "gaze": (-0.04, 0.04), "skew": (-0.02, 0.02),
-    "light_x": (-0.32, 0.32), "light_y": (-0.28, 0.08), "wall": (0.10, 0.95), "wall_slope": (-0.2, 0.2),
-    "exposure": (-0.10, 0.10), "contrast": (0.80, 1.15), "blur": (0.0, 0.20), "noise": (0.005, 0.025),
-}  # fmt: skip
+    "turn": (-0.13, 0.13),
+    "nod": (-0.08, 0.08),
+    "roll": (-0.15, 0.15),
+    "zoom": (1.06, 1.26),
+    "shift_x": (-0.12, 0.12),
+    "shift_y": (-0.12, 0.10),
+    "gaze": (-0.04, 0.04),
+    "skew": (-0.02, 0.02),
+    "light_x": (-0.32, 0.32),
+    "light_y": (-0.28, 0.08),
+    "wall": (0.10, 0.95),
+    "wall_slope": (-0.2, 0.2),
+    "exposure": (-0.08, 0.08),
+    "contrast": (0.85, 1.15),
+    "blur": (0.0, 0.16),
+    "noise": (0.005, 0.02),
+}
 CHUNK = 128  # faces drawn at a time: few enough for the arrays to stay in the processor's cache
 
 
@@ -73,8 +129,8 @@ def draw_faces(count: int, seed: int = 0, size: int = 48) -> tuple[NDArray[np.ui
     images = np.empty((count, 1, size, size), dtype=np.uint8)
     for start in range(0, count, CHUNK):
         chunk = labels[start : start + CHUNK]
-        drawn = {name: rng.uniform(*ends, (len(chunk), 1, 1)) for name, ends in (PERSON | VIEW).items()}
-        drawn |= _sample_actions(rng, chunk)
+        drawn = _sample_actions(rng, chunk)
+        drawn |= {name: rng.uniform(*ends, (len(chunk), 1, 1)) for name, ends in (PERSON | VIEW).items()}
         params = Params(**{name: values.astype(np.float32) for name, values in drawn.items()})
         images[start : start + CHUNK, 0] = _photograph(rng, _draw(params, size), params)
     return images, labels
@@ -105,9 +161,14 @@ def _blob(x: Array, y: Array, width: Number, height: Number) -> Array:
 
 
 def _stroke(
-    along: Array, across: Array, ends: tuple[Number, Number], bend: tuple[Number, Number, Number],
-    width: Number, soft: float, blunt: float = 1.0,
-) -> Array:  # fmt: skip
+    along: Array,
+    across: Array,
+    ends: tuple[Number, Number],
+    bend: tuple[Number, Number, Number],
+    width: Number,
+    soft: float,
+    blunt: float = 1.0,
+) -> Array:
     """Return a tapered pen stroke on a parabola: from ends[0] to ends[1] through the heights of `bend`."""
     t = (along - ends[0]) / (ends[1] - ends[0])
     first, middle, last = bend
@@ -124,7 +185,10 @@ def _darken(image: Array, amount: Number, coverage: Array) -> None:
 
 
 def _draw(p: Params, size: int) -> Array:
-    """Draw the faces from back to front; returns tones [n, size, size]."""
+    """Draw the faces from back to front; returns tones [n, size, size].
+
+    x and y, of that shape too, say where on the face each pixel lies; |x| draws both halves at once.
+    """
     soft = 2.4 / size  # edges a little over one pixel wide
     axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
     right, down = axis[None, None, :] - p.shift_x, axis[None, :, None] - p.shift_y
@@ -144,10 +208,6 @@ def _draw(p: Params, size: int) -> Array:
     _draw_eyes(image, x, y, p, soft)
     _draw_brows_and_glasses(image, x, y, p, hair, soft)
     return image
-
-
-# In what follows image, x and y are [n, size, size]: the picture so far and the place of each pixel on the face.
-# Both halves of a face are drawn at once, from |x|.
 
 
 def _draw_head(image: Array, x: Array, y: Array, p: Params, hair: Array, soft: float) -> None:

@@ -66,7 +66,7 @@ def test_a_count_that_is_not_positive_is_refused(count: int) -> None:
 
 
 def test_an_image_too_small_for_a_face_is_refused() -> None:
-    with pytest.raises(ValueError, match="size must be at least 16 pixels.*not 15"):
+    with pytest.raises(ValueError, match=r"size must be at least 16 pixels.*not 15"):
         draw_faces(4, size=15)
 
 
