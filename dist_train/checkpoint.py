@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -57,7 +56,6 @@ class Progress:
     epochs: list[Epoch] = field(default_factory=list)
     best_score: float = float("-inf")
     best_epoch: int = 0
-    run_id: str = ""
 
     @property
     def epoch(self) -> int:
@@ -212,19 +210,3 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     if not (path / "state.pt").is_file():
         raise InputError(f"resume: {path} is not a checkpoint folder; expected auto, never or .../checkpoints/step_N")
     return path
-
-
-def on_main(accelerator: Accelerator, function: Any, *arguments: Any) -> Any:
-    """Run `function` on the main process only; return its result, or raise its InputError, on all."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [function(*arguments), None]
-        except InputError as error:
-            outcome = [None, str(error)]
-        except OSError as error:
-            outcome = [None, f"{error.filename}: {error.strerror}"]
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise InputError(outcome[1])
-    return outcome[0]

@@ -13,11 +13,7 @@ from tqdm.auto import tqdm
 from dist_train.config import InputError
 from dist_train.data.loader import ImageLoader
 from dist_train.metrics import Results, Sums
-
-
-def default_accelerator() -> Accelerator:
-    """Return an Accelerator on the CPU where no accelerator is there: only then does it see n CPU processes."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+from dist_train.processes import default_accelerator
 
 
 def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) -> DataLoader | ImageLoader:

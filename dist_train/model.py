@@ -168,20 +168,9 @@ def _fetch(name: str, download: Callable[[], Any]) -> Any:
 
 def _make_gray(model: nn.Module) -> None:
     """Let the first convolution see one channel."""
-    for parent in model.modules():
-        for name, conv in parent.named_children():
-            if isinstance(conv, nn.Conv2d):
-                gray = nn.Conv2d(
-                    1,
-                    conv.out_channels,
-                    conv.kernel_size,
-                    conv.stride,
-                    conv.padding,  # type: ignore[arg-type]
-                    conv.dilation,
-                    bias=conv.bias is not None,
-                )  # type: ignore[arg-type]
-                setattr(parent, name, gray)
-                return
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    conv.in_channels = 1
+    conv.weight = nn.Parameter(adapt_input_conv(1, conv.weight.detach()))
 
 
 def _head_keys(model: nn.Module) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class Tracker:
     def __init__(
         self, accelerator: Accelerator, config: TrackConfig, run_dir: Path, settings: dict[str, Any], run_id: str
     ) -> None:
-        self.accelerator, self.run_dir = accelerator, run_dir
+        self.accelerator, self.run_dir, self.run_id = accelerator, run_dir, run_id
         self.kind = config.tool if config.wandb != "disabled" or config.tool != "wandb" else "none"
         self.step = 0
         if accelerator.is_main_process and self.kind != "none":

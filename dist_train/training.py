@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3, distribute_bn
@@ -21,8 +22,9 @@ from tqdm.auto import tqdm
 
 from dist_train.checkpoint import Checkpointer, Epoch, Progress, TrainState
 from dist_train.data.loader import Batch, ImageLoader
-from dist_train.evaluation import default_accelerator, evaluate, shard_exactly
+from dist_train.evaluation import evaluate, shard_exactly
 from dist_train.metrics import Meter, Results
+from dist_train.processes import default_accelerator
 from dist_train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -169,13 +171,13 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, Tensor, b
 def _finished(progress: Progress, num_epochs: int, max_steps: int | None, patience: int | None) -> bool:
     if progress.epoch >= num_epochs or (max_steps and progress.step >= max_steps):
         return True
-    return bool(patience) and progress.epoch - progress.best_epoch >= patience
+    return patience is not None and progress.epoch - progress.best_epoch >= patience
 
 
 def _seed_step(seed: int | None, step: int, rank: int) -> None:
     """Seed dropout and the like for one step, so that no generator's state has to be saved."""
     if seed is not None:
-        torch.manual_seed(((seed * 1_000_003 + rank) * 1_000_003 + step) % 2**63)
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def _gradient_norm(model: nn.Module, clip_grad: float | None, accelerator: Accelerator) -> Tensor:

@@ -122,10 +122,9 @@ class ImageLoader:
 
     def _draw_epoch(self) -> EpochDraws:
         count = len(self.data)
-        generator = torch.Generator().manual_seed(self.seed + (self.epoch << 32))
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        changes = torch.rand(count if self.augment else 0, DRAWS, generator=generator)
-        random = np.random.default_rng([self.seed, self.epoch])
+        random = np.random.default_rng([self.seed, self.epoch])  # torch's generators use 32 bits of a seed only
+        order = torch.from_numpy(random.permutation(count)) if self.shuffle else torch.arange(count)
+        changes = torch.from_numpy(random.random((count if self.augment else 0, DRAWS), dtype=np.float32))
         shares = torch.from_numpy(random.beta(self.mixup, self.mixup, count)).float() if self.mixup else None
         return EpochDraws(order, changes, shares)
 

@@ -1,0 +1,166 @@
+"""Images per second of training: ours, the bare step, and the notebook's loop, side by side in one run.
+
+    python bench/throughput.py --data DIR [--json FILE]
+
+DIR: the real data, train/<class>/*. Ours is train() on the settings of configs/fer2013.yaml; the bare step is forward,
+backward and optimizer step of the same model on a batch that is already in memory, in the same size, batch and
+precision; the notebook's loop is fp32, batch 32, PIL decoding and transforms in a plain DataLoader, Adam, and an
+.item() in every step. The three take turns; the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from dist_train import FaceModel, train
+from dist_train.checkpoint import Progress
+from dist_train.cli import parse
+from dist_train.config import Config
+from dist_train.data.images import ImageSet, load_splits
+from dist_train.optim import build_optimizer
+from dist_train.processes import build_accelerator
+from dist_train.run import build_loaders, build_model
+
+CONFIG = Path(__file__).parents[1] / "configs" / "fer2013.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with train/<class>/* and validation/<class>/*")
+    parser.add_argument("--size", type=int, default=48, help="side of the images, in pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=30, help="steps of ours and of the bare step in a round")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args()
+
+    config = parse(["train", "--config", str(CONFIG), "--data.path", options.data, "--data.image_size",
+                    str(options.size), "--model.pretrained", "false"]).config  # fmt: skip
+    accelerator = build_accelerator(config.train)
+    data = load_splits(config.data)
+    contenders = {
+        "ours": make_ours(config, data, accelerator, options.steps),
+        "bare_step": make_bare_step(config, data, accelerator, options.steps),
+        "notebook": make_notebook(options.data, accelerator, options.steps),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(options.rounds + 1):  # the first round warms up
+        for name, contender in contenders.items():
+            speed = contender()
+            if number:
+                speeds[name].append(speed)
+    report = make_report(speeds, config, accelerator, options.size)
+    print(json.dumps(report, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def make_ours(
+    config: Config, data: tuple[ImageSet, ImageSet], accelerator: Accelerator, steps: int
+) -> Callable[[], float]:
+    """Return a function that trains one short epoch with train() and returns its images per second."""
+    model = build_model(config, data[0])
+    optimizer = build_optimizer(model, config.optim)
+    few = data[0].subset(torch.randperm(len(data[0]))[: steps * config.train.batch_size].numpy())
+    trainloader, validloader = build_loaders(config, (few, data[1].subset(torch.arange(64).numpy())), accelerator)
+
+    def run() -> float:
+        progress = Progress()
+        train(model, trainloader, validloader, optimizer, 1, accelerator=accelerator, ema=config.train.ema,
+              label_smoothing=config.train.label_smoothing, seed=0, progress=progress)  # fmt: skip
+        return progress.epochs[0].images_per_second
+
+    return run
+
+
+def make_bare_step(
+    config: Config, data: tuple[ImageSet, ImageSet], accelerator: Accelerator, steps: int
+) -> Callable[[], float]:
+    """Return a function that repeats the step on one batch in memory and returns its images per second."""
+    model = build_model(config, data[0]).to(accelerator.device).train()
+    optimizer = build_optimizer(model, config.optim)
+    images = torch.rand(config.train.batch_size, 3, config.data.image_size, config.data.image_size)
+    images = images.to(accelerator.device, memory_format=torch.channels_last)
+    labels = torch.randint(0, 7, (config.train.batch_size,), device=accelerator.device)
+
+    def run() -> float:
+        started = start_clock()
+        for _ in range(steps):
+            with accelerator.autocast():
+                loss = F.cross_entropy(model.backbone(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return steps * len(labels) / (start_clock() - started)
+
+    return run
+
+
+def make_notebook(path: str, accelerator: Accelerator, steps: int) -> Callable[[], float]:
+    """Return a function that runs the notebook's loop and returns its images per second."""
+    change = transforms.Compose(
+        [transforms.RandomHorizontalFlip(), transforms.RandomRotation((-20, 20)), transforms.ToTensor()]
+    )
+    loader = DataLoader(ImageFolder(f"{path}/train", transform=change), batch_size=32, shuffle=True)
+    model = FaceModel(pretrained=False).to(accelerator.device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+
+    def run() -> float:
+        started, total_loss, right, count = start_clock(), 0.0, 0, 0
+        for images, labels in islice(loader, 2 * steps):
+            images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            total_loss += loss.item()
+            right += (logits.argmax(1) == labels).sum().item()
+            count += len(labels)
+        return count / (start_clock() - started)
+
+    return run
+
+
+def start_clock() -> float:
+    """Return the time, in seconds, once the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make_report(speeds: dict[str, list[float]], config: Config, accelerator: Accelerator, size: int) -> dict:
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CONFIG.parent
+    ).stdout.strip()
+    gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
+    return {
+        "ratios": {name: round(median["ours"] / median[name], 3) for name in ("bare_step", "notebook")},
+        "images_per_second": {name: round(value, 1) for name, value in median.items()},
+        "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
+        "settings": {"image_size": size, "batch_size": config.train.batch_size,
+                     "precision": accelerator.mixed_precision, "ema": config.train.ema},
+        "machine": {"device": gpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")},
+        "commit": commit,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Which processes, device and precision a training has: accelerate's Accelerator, checked against the launcher.
+
+In: config and the launcher's environment. Out: an Accelerator that sees every process that was started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+
+from dist_train.config import InputError, TrainConfig
+
+MULTI_CPU_WAY = "use accelerate launch --config_file launch/accelerate/multi_cpu.yaml (multi_gpu.yaml for GPUs)"
+
+
+def default_accelerator() -> Accelerator:
+    """Return an Accelerator on the CPU where no accelerator is there: only then does it see n CPU processes."""
+    return Accelerator(cpu=not torch.accelerator.is_available())
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the Accelerator for this machine: on the CPU where no accelerator is there.
+
+    Raises InputError where launcher and Accelerator disagree on the number of processes, and for settings that
+    the device cannot do.
+    """
+    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    precision = choose_precision(config.precision, cpu)
+    _check_launch()
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    _check_processes(accelerator)
+    if cpu and config.sync_batchnorm:
+        raise InputError("train.sync_batchnorm: true is for GPUs; torch has no SyncBatchNorm on a CPU")
+    if config.ema and accelerator.distributed_type == DistributedType.FSDP:
+        raise InputError("train.ema: cannot average sharded weights (FSDP); set train.ema: 0")
+    _set_threads(accelerator, cpu)
+    return accelerator
+
+
+def choose_precision(precision: str, cpu: bool) -> str:
+    """Return no, fp16 or bf16 for a config's precision; InputError for fp16 on a CPU."""
+    if precision == "fp16" and cpu:
+        raise InputError("train.precision: fp16 needs a GPU; on a CPU use bf16, no, or auto")
+    if precision != "auto":
+        return precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("fp16", "bf16"):
+        return choose_precision(launched, cpu)
+    if cpu:
+        return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_computes_bf16() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _cpu_computes_bf16() -> bool:
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _check_launch() -> None:
+    """Refuse a launcher that meant several processes and started one, before anything waits for the others."""
+    rank = any(name in os.environ for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
+    if rank:
+        return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes are asked for, but there is no RANK; {MULTI_CPU_WAY}"
+        )
+    # accelerate launch sets MASTER_ADDR for several processes, but starts only one with --cpu or MULTI_CPU
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise InputError(
+            "MASTER_ADDR: accelerate launch was asked for several processes but started one (it does so with --cpu and "
+            f"with distributed_type MULTI_CPU); {MULTI_CPU_WAY}, or unset MASTER_ADDR for one process"
+        )
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_NUM_PROCESSES"):
+        asked = os.environ.get(name, str(accelerator.num_processes))
+        if asked != str(accelerator.num_processes):
+            raise InputError(
+                f"{name}: {asked} processes are asked for, but this training is of {accelerator.num_processes}; "
+                f"{MULTI_CPU_WAY}"
+            )
+
+
+def _set_threads(accelerator: Accelerator, cpu: bool) -> None:
+    """Share the cores between the processes of this machine, where the launcher left each with one thread."""
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if cpu and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `function` on the main process only; return its result, or raise its InputError, on all."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function(*arguments), None]
+        except InputError as error:
+            outcome = [None, str(error)]
+        except OSError as error:
+            outcome = [None, f"{error.filename}: {error.strerror}"]
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]

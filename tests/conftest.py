@@ -1,0 +1,82 @@
+"""What all tests share: small class folders, the command line in this process, and real launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from dist_train.cli import main
+from dist_train.data.synthetic import EXPRESSIONS, draw_faces
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "launch" / "accelerate"
+LAUNCHERS = ("ACCELERATE_", "MASTER_", "WANDB_", "OMP_")
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No W&B login, no cache, no launcher's variables and no Accelerator from elsewhere."""
+    for name in list(os.environ):
+        if name.startswith(LAUNCHERS) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def draw_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes drawn faces as class folders and returns the path."""
+
+    def draw(name: str = "faces", **counts: int) -> Path:
+        for seed, (split, count) in enumerate((counts or {"train": 70, "validation": 35}).items()):
+            images, labels = draw_faces(count, seed=seed)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                file = tmp_path / name / split / EXPRESSIONS[label] / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image[0]).save(file)
+        return tmp_path / name
+
+    return draw
+
+
+@pytest.fixture
+def smoke(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that runs `dist-train train` on configs/smoke.yaml here and returns the run folder."""
+
+    def run(name: str = "run", *options: str, code: int = 0) -> Path:
+        run_dir = tmp_path / name
+        config = str(ROOT / "configs" / "smoke.yaml")
+        arguments = ["train", "--config", config, "--run_dir", str(run_dir), "--track.tool", "none", *options]
+        assert main(arguments) == code
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        return run_dir
+
+    return run
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs `accelerate launch` for real and returns the finished process."""
+
+    def run(recipe: str | None, *arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        config = ["--config_file", str(RECIPES / f"{recipe}.yaml")] if recipe else []
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *config, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        if code is not None:
+            assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
+        return done
+
+    return run

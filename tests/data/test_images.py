@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_train.config import CLASSES, DataConfig, InputError
+from dist_train.data.images import FER2013_CLASSES, cache_folder, decode_image, load_splits
+from dist_train.data.synthetic import draw_faces
+
+
+def config(path: Path, **options) -> DataConfig:
+    return DataConfig(path=str(path), **options)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "test"])
+def test_class_folders_become_arrays(draw_folder, name):
+    path = draw_folder(train=70, **{name: 35})
+    train, validation = load_splits(config(path))
+    assert train.images.shape == (70, 1, 48, 48)
+    assert validation.images.shape == (35, 1, 48, 48)
+    assert train.images.dtype == np.uint8
+    assert train.labels.dtype == np.int64
+    assert train.classes == CLASSES
+    for images in (train, validation):
+        for image, label, file in zip(images.images, images.labels, images.names, strict=True):
+            assert Path(file).parts[1] == CLASSES[label]
+            assert np.array_equal(image[0], np.asarray(Image.open(path / file)))
+
+
+def test_without_a_validation_split_a_share_of_each_class_is_held_out(draw_folder):
+    path = draw_folder(train=140)
+    train, validation = load_splits(config(path, validation_share=0.2))
+    assert np.bincount(validation.labels).tolist() == [4] * 7
+    assert np.bincount(train.labels).tolist() == [16] * 7
+    assert not set(train.names) & set(validation.names)
+    assert load_splits(config(path, validation_share=0.2))[1].names == validation.names
+
+
+def test_any_classes_any_size_and_colour_will_do(tmp_path):
+    for split in ("train", "val"):
+        for number, kind in enumerate(("cat", "dog")):
+            for i in range(3):
+                file = tmp_path / split / kind / f"{i}.{['png', 'jpg', 'webp'][i]}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB" if i else "L", (60 + 20 * i, 90), 200 if i == 0 else (200, 10, 90 * number)).save(file)
+    train, _ = load_splits(config(tmp_path, image_size=32))
+    assert train.classes == ("cat", "dog")
+    assert train.images.shape == (6, 3, 32, 32)
+
+
+def test_gray_transparent_and_16_bit_images_are_gray(tmp_path):
+    ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
+    Image.fromarray(ramp).convert("LA").save(tmp_path / "la.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(decode_image(tmp_path / "la.png", 32), ramp)
+    assert decode_image(tmp_path / "deep.png", 32).shape == (32, 32)
+    assert np.corrcoef(decode_image(tmp_path / "deep.png", 32)[0], ramp[0])[0, 1] > 0.999
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    image = Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 16, axis=0).repeat(32, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert decode_image(tmp_path / "turned.png", 32)[0, 0] == 255
+
+
+def write_fer2013(file: Path, rows: int = 21, **changes) -> Path:
+    images, _ = draw_faces(rows * 3, seed=1)
+    with file.open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(changes.get("header", ["emotion", "pixels", "Usage"]))
+        for i, image in enumerate(images):
+            usage = ("Training", "PublicTest", "PrivateTest")[i // rows]
+            writer.writerow([changes.get("emotion", i % 7), " ".join(map(str, image.ravel())), usage])
+    return file
+
+
+def test_fer2013_csv_maps_its_class_order_by_name(tmp_path):
+    file = write_fer2013(tmp_path / "fer2013.csv")
+    train, validation = load_splits(config(file))
+    assert len(train) == len(validation) == 21  # PrivateTest is left for a final test
+    for label, name in zip(train.labels, train.names, strict=True):
+        assert CLASSES[label] == FER2013_CLASSES[int(name) % 7]
+    assert np.array_equal(train.images, draw_faces(63, seed=1)[0][:21])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"header": ["emotion", "pix", "Usage"]}, "no column pixels"),
+        ({"emotion": 9}, "data row 0"),
+        ({"emotion": "happy"}, "data row 0"),
+    ],
+)
+def test_a_damaged_csv_is_refused(tmp_path, changes, said):
+    file = write_fer2013(tmp_path / "fer2013.csv", **changes)
+    with pytest.raises(InputError, match=said) as error:
+        load_splits(config(file))
+    assert str(file) in str(error.value)
+
+
+def test_unreadable_images_are_all_named_and_may_be_left_out(draw_folder, caplog):
+    path = draw_folder()
+    bad = [path / "train/happy/broken.png", path / "validation/sad/empty.jpg"]
+    bad[0].write_bytes(b"not an image")
+    bad[1].touch()
+    with pytest.raises(InputError) as error:
+        load_splits(config(path))
+    assert "2 of 107 images" in str(error.value)
+    assert all(str(file) in str(error.value) for file in bad)
+    assert "data.skip_bad: true" in str(error.value)
+    train, validation = load_splits(config(path, skip_bad=True))
+    assert (len(train), len(validation)) == (70, 35)
+    assert str(bad[0]) in caplog.text
+
+
+def test_a_class_missing_from_one_split_is_refused(draw_folder):
+    path = draw_folder()
+    shutil.rmtree(path / "validation" / "fear")
+    with pytest.raises(InputError, match="class fear has no images in the validation split"):
+        load_splits(config(path))
+
+
+def test_an_empty_class_is_refused(draw_folder):
+    path = draw_folder()
+    (path / "train" / "bored").mkdir()
+    with pytest.raises(InputError, match=r"train: no images of class bored"):
+        load_splits(config(path))
+
+
+def test_leaked_images_can_be_dropped_from_validation(draw_folder):
+    path = draw_folder()
+    shutil.copy(next((path / "train/happy").iterdir()), path / "validation/happy/copy.png")
+    assert len(load_splits(config(path))[1]) == 36
+    assert len(load_splits(config(path, drop_leaked=True))[1]) == 35
+
+
+def test_decoded_images_are_cached_until_a_file_changes(draw_folder, tmp_path):
+    path, cache = draw_folder(), tmp_path / "decoded"
+    options = config(path, cache=str(cache))
+    first, _ = load_splits(options)
+    entry = next(cache.iterdir())
+    stamp = (entry / "train.images.npy").stat().st_mtime_ns
+    again, _ = load_splits(options)
+    assert (entry / "train.images.npy").stat().st_mtime_ns == stamp
+    assert isinstance(again.images, np.memmap)
+    assert np.array_equal(first.images, again.images)
+
+    file = path / again.names[0]
+    Image.new("L", (48, 48), 77).save(file)
+    os.utime(file, ns=(1, 1))
+    changed, _ = load_splits(options)
+    assert (changed.images[0] == 77).all()
+    (path / "train/happy/new.png").write_bytes(file.read_bytes())
+    assert len(load_splits(options)[0]) == 71
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(draw_folder, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    train, _ = load_splits(config(draw_folder(), cache=str(tmp_path / "file" / "cache")))
+    assert len(train) == 70
+    assert "set data.cache to another folder" in caplog.text
+
+
+def test_the_default_cache_is_in_the_users_cache_folder(tmp_path):
+    assert cache_folder(DataConfig()) == tmp_path / "cache" / "dist_train"
+
+
+def test_built_in_faces_need_no_path():
+    train, validation = load_splits(DataConfig(count=100, validation_share=0.2))
+    assert (len(train), len(validation)) == (80, 20)
+    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in validation.images}

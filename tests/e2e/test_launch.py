@@ -1,0 +1,258 @@
+"""Real launches: accelerate launch with one, two and three processes (gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import RECIPES, ROOT
+from wandb_file import find_runs, read_history
+
+SMOKE = (
+    "-m",
+    "dist_train",
+    "train",
+    "--config",
+    str(ROOT / "configs/smoke.yaml"),
+    "--model.backbone",
+    "timm/resnet10t",
+)
+PORT = ("--main_process_port", "0")
+
+
+def summary(run_dir) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def test_a_fixed_model_has_the_same_accuracy_on_1_2_and_3_processes(launch, tmp_path):
+    found = {}
+    for count in (1, 2, 3):
+        recipe = ("cpu",) if count == 1 else ("multi_cpu", "--num_processes", str(count), *PORT)
+        launch(*recipe, str(ROOT / "tests/e2e/fixed_model.py"), str(tmp_path / f"{count}.json"))
+        found[count] = json.loads((tmp_path / f"{count}.json").read_text())
+        assert found[count]["processes"] == count
+    for count, result in found.items():
+        for (accuracy, loss, samples, confusion), same in zip(result["figures"], found[1]["figures"], strict=True):
+            assert samples == 101, count
+            assert [accuracy, confusion] == [same[0], same[3]], count
+            assert loss == pytest.approx(same[1], abs=1e-6), count
+
+
+def test_training_losses_agree_step_by_step_on_1_2_and_3_processes(launch, tmp_path):
+    """A backbone without batch statistics, in fp32; data and batches that neither 2 nor 3 divides."""
+    losses = {}
+    for count in (1, 2, 3):
+        recipe = ("cpu",) if count == 1 else ("multi_cpu", "--num_processes", str(count), *PORT)
+        run_dir = tmp_path / str(count)
+        launch(
+            *recipe,
+            *SMOKE,
+            "--run_dir",
+            str(run_dir),
+            "--model.backbone",
+            "timm/convnext_atto",
+            "--data.count",
+            "83",
+            "--train.batch_size",
+            "11",
+            "--track.log_every",
+            "1",
+            "--train.mixup",
+            "0.2",
+            "--optim.lr",
+            "0.01",
+        )
+        assert summary(run_dir)["world_size"] == count
+        (file,) = find_runs(run_dir)
+        history = read_history(file)
+        losses[count] = [row["train/loss"] for row in history if "train/loss" in row]
+        losses[count] += [row["valid/loss"] for row in history if "valid/loss" in row]
+    assert len(losses[1]) == 14
+    for count in (2, 3):
+        assert losses[count] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_two_processes_stream_one_wandb_run_with_falling_loss(launch, tmp_path):
+    run_dir = tmp_path / "run"
+    done = launch(
+        "multi_cpu",
+        "--num_processes",
+        "2",
+        *PORT,
+        *SMOKE,
+        "--run_dir",
+        str(run_dir),
+        "--train.epochs",
+        "4",
+        "--train.max_steps",
+        "40",
+        "--optim.name",
+        "adamw",
+        "--optim.lr",
+        "0.002",
+    )
+    (file,) = find_runs(run_dir)
+    history = read_history(file)
+    keys = {key for row in history for key in row}
+    assert keys >= {
+        "train/loss",
+        "train/accuracy",
+        "train/lr",
+        "train/images_per_second",
+        "train/grad_norm",
+        "valid/loss",
+        "valid/accuracy",
+        "valid/macro_f1",
+        "epoch",
+        "step",
+        "curves",
+        "confusion_matrix",
+        "predictions",
+        "misclassified",
+    }
+    losses = [row["train/loss"] for row in history if "train/loss" in row]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert done.stderr.count("epoch 1/4:") == 1  # only the main process speaks
+    cores = len(os.sched_getaffinity(0))
+    assert summary(run_dir)["threads"] == max(1, cores // 2)
+
+
+@pytest.mark.parametrize("recipe", ["cpu", "multi_cpu", "gpu", "multi_gpu", "multi_node", "fsdp"])
+def test_every_recipe_trains_on_this_machine(launch, tmp_path, recipe):
+    """Without a GPU, the recipes of GPUs start gloo processes on the CPU."""
+    if torch.cuda.device_count() == 1 and recipe in ("multi_gpu", "multi_node", "fsdp"):
+        pytest.skip("needs no GPU, or two")
+    options = {
+        "multi_cpu": ("--num_processes", "2", *PORT),
+        "multi_gpu": ("--num_processes", "2", *PORT),
+        "fsdp": ("--num_processes", "2", *PORT),
+        "multi_node": ("--num_processes", "1", "--num_machines", "1", "--main_process_ip", "127.0.0.1"),
+    }.get(recipe, ())
+    run_dir = tmp_path / "run"
+    if recipe == "multi_node":
+        ranks = []
+        for rank in (0, 1):
+            ranks.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "accelerate.commands.accelerate_cli",
+                        "launch",
+                        "--config_file",
+                        str(RECIPES / "multi_node.yaml"),
+                        "--num_processes",
+                        "2",
+                        "--machine_rank",
+                        str(rank),
+                        "--main_process_ip",
+                        "127.0.0.1",
+                        "--main_process_port",
+                        "29611",
+                        *SMOKE,
+                        "--run_dir",
+                        str(run_dir),
+                        "--track.tool",
+                        "none",
+                    ],
+                    cwd=tmp_path,
+                )
+            )
+        assert [process.wait(200) for process in ranks] == [0, 0]
+    else:
+        launch(recipe, *options, *SMOKE, "--run_dir", str(run_dir), "--track.tool", "none")
+    assert summary(run_dir)["world_size"] == (1 if recipe in ("cpu", "gpu") else 2)
+    assert summary(run_dir)["threads"] == max(1, len(os.sched_getaffinity(0)) // summary(run_dir)["world_size"])
+
+
+def test_launches_that_start_fewer_processes_than_asked_are_refused(launch, tmp_path):
+    (tmp_path / "multi_cpu.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\n"
+        "num_processes: 2\nuse_cpu: true\n"
+    )
+    for options in (("--cpu", "--num_processes", "2"), ("--config_file", str(tmp_path / "multi_cpu.yaml"))):
+        done = launch(None, *options, *SMOKE, "--run_dir", str(tmp_path / "run"), code=1)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("dist-train: error:")]
+        assert "asked for several processes but started one" in line
+        assert "exit status 2" in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "ACCELERATE_NUM_PROCESSES"])
+def test_a_number_of_processes_that_was_not_found_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    command = [sys.executable, *SMOKE, "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert name in done.stderr
+
+
+def test_multi_gpu_flag_without_gpus_is_one_training_of_two_processes(launch, tmp_path):
+    run_dir = tmp_path / "run"
+    launch(
+        None,
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        *PORT,
+        *SMOKE,
+        "--run_dir",
+        str(run_dir),
+        "--track.tool",
+        "none",
+    )
+    assert summary(run_dir)["world_size"] == 2
+
+
+def test_a_plain_start_is_one_process(tmp_path):
+    command = [sys.executable, *SMOKE, "--run_dir", str(tmp_path / "run"), "--track.tool", "none"]
+    assert subprocess.run(command, timeout=200).returncode == 0
+    assert summary(tmp_path / "run")["world_size"] == 1
+
+
+@pytest.mark.slow
+def test_bf16_reaches_the_accuracy_of_fp32(tmp_path):
+    accuracy = {}
+    for precision in ("no", "bf16"):
+        run_dir = tmp_path / precision
+        command = [
+            sys.executable,
+            "-m",
+            "dist_train",
+            "train",
+            "--run_dir",
+            str(run_dir),
+            "--data.count",
+            "4000",
+            "--data.source",
+            "synthetic",
+            "--model.pretrained",
+            "false",
+            "--train.epochs",
+            "4",
+            "--optim.name",
+            "adamw",
+            "--optim.lr",
+            "0.002",
+            "--train.batch_size",
+            "64",
+            "--track.tool",
+            "none",
+            "--train.precision",
+            precision,
+        ]
+        assert subprocess.run(command, timeout=900).returncode == 0
+        assert summary(run_dir)["precision"] == precision
+        accuracy[precision] = summary(run_dir)["best_valid_acc"]
+    assert accuracy["bf16"] == pytest.approx(accuracy["no"], abs=0.04)

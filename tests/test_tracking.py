@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb_file import find_runs, read_config, read_history, read_records
+
+from dist_train.config import Config
+
+KEYS = {
+    "train/loss",
+    "train/accuracy",
+    "train/lr",
+    "train/images_per_second",
+    "train/grad_norm",
+    "valid/loss",
+    "valid/accuracy",
+    "valid/macro_f1",
+    "epoch",
+    "step",
+}
+FILES = (
+    "config.yaml",
+    "history.csv",
+    "summary.json",
+    "curves.png",
+    "predictions.png",
+    "best/model.safetensors",
+    "best/config.json",
+)
+SUMMARY = {
+    "best_valid_acc",
+    "best_epoch",
+    "final_train_loss",
+    "final_train_acc",
+    "final_valid_loss",
+    "final_valid_acc",
+    "epochs",
+    "world_size",
+    "precision",
+    "device",
+    "images_per_second",
+    "train_seconds",
+    "wandb_run_id",
+    "versions",
+}
+SMALL = ("--model.backbone", "timm/resnet10t")
+
+
+def test_a_run_leaves_its_folder_and_an_offline_wandb_run(smoke, caplog):
+    run_dir = smoke("run", *SMALL, "--track.tool", "wandb", "--track.tags", "[a, b]")
+    for name in FILES:
+        assert (run_dir / name).stat().st_size > 0, name
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    (file,) = find_runs(run_dir)
+    assert f"wandb sync {file.parent}" in caplog.text
+
+    history = read_history(file)
+    assert {key for row in history for key in row} >= KEYS | {"curves", "confusion_matrix", "predictions"}
+    steps = [row["step"] for row in history if "train/loss" in row]
+    assert steps == sorted(set(steps)) == list(range(2, 13, 2))
+    assert read_config(file)["train"]["batch_size"] == 32
+    (run,) = [record.run for record in read_records(file) if record.HasField("run")]
+    assert run.run_id == summary["wandb_run_id"]
+    assert list(run.tags) == ["a", "b"]
+
+    with (run_dir / "history.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert list(rows[0]) == [
+        "epoch",
+        "train_loss",
+        "train_acc",
+        "valid_loss",
+        "valid_acc",
+        "lr",
+        "images_per_second",
+        "seconds",
+    ]
+    valid = [row["valid/accuracy"] for row in history if "valid/accuracy" in row]
+    assert [float(row["valid_acc"]) for row in rows] == pytest.approx(valid)
+    assert summary["best_valid_acc"] == max(valid)
+
+
+def test_the_resolved_config_can_be_trained_again_with_the_same_result(smoke, tmp_path):
+    first = smoke("first", *SMALL, "--train.seed", "5")
+    assert yaml.safe_load((first / "config.yaml").read_text())["train"]["seed"] == 5
+    second = smoke("second", "--config", str(first / "config.yaml"), "--run_dir", str(tmp_path / "second"))
+
+    def losses(run_dir):
+        with (run_dir / "history.csv").open() as table:
+            return [(row["train_loss"], row["valid_loss"]) for row in csv.DictReader(table)]
+
+    assert losses(first) == losses(second)
+
+
+def test_a_resumed_training_goes_on_with_its_wandb_run(smoke):
+    options = (*SMALL, "--track.tool", "wandb")
+    run_dir = smoke("run", *options, "--train.max_steps", "11")
+    smoke("run", *options, "--train.epochs", "3", "--train.max_steps", "16", "--resume", "auto")
+    ids = {record.run.run_id for file in find_runs(run_dir) for record in read_records(file) if record.HasField("run")}
+    assert len(ids) == 1
+
+
+def test_tensorboard(smoke):
+    run_dir = smoke("run", *SMALL, "--track.tool", "tensorboard")
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= KEYS - {"step"}
+    assert "curves" in events.Tags()["images"]
+
+
+def test_wandb_disabled_leaves_nothing_behind(smoke):
+    run_dir = smoke("run", *SMALL, "--track.tool", "wandb", "--track.wandb", "disabled")
+    assert not find_runs(run_dir)
+    assert (run_dir / "history.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_turns_the_run_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    command = [
+        sys.executable,
+        "-m",
+        "dist_train",
+        "train",
+        "--config",
+        str(ROOT / "configs/smoke.yaml"),
+        *SMALL,
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "goes on offline" in done.stderr
+    assert time.perf_counter() - started < 150
+    (file,) = find_runs(tmp_path / "run")
+    assert {key for row in read_history(file) for key in row} >= KEYS
+    assert "0" * 40 not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_every_key_of_the_config_is_in_the_printed_help():
+    from dist_train.cli import _build_parsers, _keys
+
+    keys = _keys(_build_parsers()[1])
+    assert {"run_dir", "resume", "data.augment.flip", "track.log_every"} <= set(keys)
+    assert len(keys) > len(vars(Config()))

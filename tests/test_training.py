@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dist_train import train
+from dist_train.config import DataConfig, OptimConfig
+from dist_train.data.images import ImageSet, load_splits
+from dist_train.data.loader import ImageLoader
+from dist_train.data.synthetic import EXPRESSIONS, draw_faces
+from dist_train.optim import build_schedule
+from dist_train.training import History
+
+
+class Small(nn.Module):
+    """A classifier without batch statistics, so that batches may be split."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(144, 32), nn.ReLU(), nn.Linear(32, 7))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images.float() / (255 if images.dtype == torch.uint8 else 1) - 0.5)
+
+
+@pytest.fixture(scope="module")
+def faces() -> tuple[ImageSet, ImageSet]:
+    return load_splits(DataConfig(count=260, validation_share=0.25))
+
+
+def fit(
+    faces, epochs: int = 2, model: nn.Module | None = None, batch_size: int = 32, lr: float = 0.1, **options
+) -> History:
+    model = model or Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    trainloader = ImageLoader(faces[0], batch_size, shuffle=True)
+    return train(
+        model, trainloader, ImageLoader(faces[1], 64), optimizer, epochs, accelerator=Accelerator(cpu=True), **options
+    )
+
+
+def test_history_has_one_value_per_epoch_and_loss_falls(faces):
+    train_loss, train_acc, valid_loss, valid_acc = history = fit(faces, 12)
+    assert [len(values) for values in history] == [12] * 4
+    assert train_loss[-1] < train_loss[0]
+    assert all(0 <= value <= 1 for value in train_acc + valid_acc)
+    assert valid_acc[-1] > 0.2
+    assert valid_loss[-1] < math.log(7)
+
+
+def test_ordinary_dataloaders_and_image_loaders_train_alike(faces):
+    """Unshuffled, the same batches: the same losses."""
+    sets = [TensorDataset(torch.from_numpy(split.images) / 255, torch.from_numpy(split.labels)) for split in faces]
+    model, same = Small(), Small()
+    plain = train(model, DataLoader(sets[0], 39), DataLoader(sets[1], 64), torch.optim.SGD(model.parameters(), 0.1), 3)
+    loader = ImageLoader(faces[0], 39)
+    own = train(same, loader, ImageLoader(faces[1], 64), torch.optim.SGD(same.parameters(), 0.1), 3)
+    assert len(faces[0]) % 39 == 0
+    for values, same_values in zip(plain, own, strict=True):
+        assert values == pytest.approx(same_values, abs=1e-5)
+
+
+def test_micro_batches_change_nothing_but_memory(faces):
+    whole, split = Small(), Small()
+    fit(faces, model=whole)
+    fit(faces, model=split, gradient_accumulation=3)
+    for parameter, same in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same, atol=1e-6, rtol=1e-5)
+
+
+def test_the_schedule_steps_once_per_optimizer_step(faces):
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    loader = ImageLoader(faces[0], 32, shuffle=True)
+    scheduler = build_schedule(optimizer, OptimConfig(lr=1.0, warmup_epochs=1), len(loader), 3 * len(loader))
+    train(model, loader, ImageLoader(faces[1], 64), optimizer, 3, scheduler=scheduler, gradient_accumulation=2)
+    assert scheduler.last_epoch == 3 * len(loader)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "middle", "end"), [("cosine", 0.5, 0), ("linear", 0.5, 0), ("constant", 1, 1)])
+def test_schedules_warm_up_and_fall(kind, middle, end):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 2.0)
+    schedule = build_schedule(optimizer, OptimConfig(lr=2.0, schedule=kind, warmup_epochs=2), 10, 100)
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"] / 2)
+        optimizer.step()
+        schedule.step()
+    assert rates[:20] == sorted(rates[:20])
+    assert 0 < rates[0] < 0.1
+    assert [rates[20], rates[60], rates[100]] == pytest.approx([1, middle, end])
+
+
+def test_clipping_bounds_the_step(faces):
+    model = Small()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    fit(faces, 1, model, batch_size=500, lr=1.0, clip_grad=0.01)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)]).norm()
+    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_early_stopping_waits_patience_epochs(faces):
+    history = fit(faces, 20, lr=1e-12, patience=3)
+    assert len(history.valid_acc) == 4
+
+
+def test_max_steps_ends_within_an_epoch(faces):
+    model = Small()
+    history = fit(faces, 20, model, max_steps=9)
+    assert len(history.train_loss) == 2
+
+
+def test_the_average_of_weights_is_what_is_validated(faces):
+    plain, averaged = fit(faces, 3), fit(faces, 3, ema=0.99)
+    assert plain.train_loss == averaged.train_loss
+    assert plain.valid_loss != averaged.valid_loss
+
+
+def test_label_smoothing_raises_the_training_loss_only(faces):
+    plain, smooth = fit(faces, 1, lr=1e-12), fit(faces, 1, lr=1e-12, label_smoothing=0.5)
+    assert smooth.train_loss[0] != pytest.approx(plain.train_loss[0], abs=1e-6)
+    assert smooth.valid_loss[0] == pytest.approx(plain.valid_loss[0], abs=1e-6)
+
+
+def test_mixup_trains_on_class_shares(faces):
+    model = Small()
+    loader = ImageLoader(faces[0], 32, shuffle=True, mixup=0.2)
+    history = train(model, loader, ImageLoader(faces[1], 64), torch.optim.Adam(model.parameters(), 3e-3), 8)
+    assert history.train_loss[-1] < history.train_loss[0]
+
+
+def test_seeded_dropout_repeats_and_is_new_at_every_step(faces):
+    def losses(seed: int) -> list[float]:
+        model = nn.Sequential(Small(), nn.Dropout(0.5))
+        return fit(faces, 2, model, seed=seed).train_loss
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+def test_the_classes_of_drawn_faces_are_the_packages():
+    assert load_splits(DataConfig(count=70))[0].classes == EXPRESSIONS
+    assert set(draw_faces(7)[1].tolist()) == set(range(7))
