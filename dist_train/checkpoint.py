@@ -8,7 +8,6 @@ with another number of processes.
 from __future__ import annotations
 
 import logging
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,6 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -159,25 +157,27 @@ class Checkpointer:
         if self.resume_from is None:
             return False
         try:
-            model = safetensors.torch.load_file(self.resume_from / "model.safetensors")
+            model: dict[str, Any] = safetensors.torch.load_file(self.resume_from / "model.safetensors")
             rest = torch.load(self.resume_from / "state.pt", map_location="cpu", weights_only=True)
-            options = StateDictOptions(full_state_dict=True)
+            ema = safetensors.torch.load_file(self.resume_from / "ema.safetensors") if state.ema is not None else {}
+        except Exception as error:  # a damaged file can make either reader fail in any way
+            raise InputError(f"resume: {self.resume_from} cannot be read ({_first_line(error)})") from error
+        try:
             set_state_dict(
                 state.model,
                 state.optimizer,
                 model_state_dict=model,
                 optim_state_dict=rest["optimizer"],
-                options=options,
+                options=StateDictOptions(full_state_dict=True),
             )
             if state.ema is not None:
-                state.ema.load_state_dict(safetensors.torch.load_file(self.resume_from / "ema.safetensors"))
+                state.ema.load_state_dict(ema)
             state.progress.load_state_dict(rest["progress"])
             for name, part in state.parts.items():
                 part.load_state_dict(rest["parts"][name])
-        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().split("\n")[0]
+        except (RuntimeError, KeyError, ValueError) as error:
             raise InputError(
-                f"resume: {self.resume_from} cannot be resumed by this configuration ({reason})"
+                f"resume: {self.resume_from} is of another model, optimizer or setting ({_first_line(error)})"
             ) from error
         logger.info("resumed from %s: step %d, epoch %d", self.resume_from, state.progress.step, state.progress.epoch)
         return True
@@ -192,6 +192,10 @@ def _full_state(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, A
 
 def _contiguous(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -162,5 +162,8 @@ def _kind_in_words(kind: str) -> str:
 
 def _set_up_logging(main_process: bool) -> None:
     """Let the main process of each machine speak, the others only of errors."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
-    logging.getLogger("dist_train").setLevel(logging.INFO if main_process else logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("dist_train")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if main_process else logging.ERROR)

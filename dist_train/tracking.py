@@ -74,8 +74,9 @@ class Tracker:
 
     def log_pictures(self, pictures: dict[str, np.ndarray]) -> None:
         """Log pictures, uint8 [H, W, 3] each, by key."""
+        options = {"dataformats": "NHWC"} if self.kind == "tensorboard" else {}
         for tracker in self.accelerator.trackers:
-            tracker.log_images({key: picture[None] for key, picture in pictures.items()}, step=self.step)
+            tracker.log_images({key: picture[None] for key, picture in pictures.items()}, step=self.step, **options)
 
     def log_table(self, key: str, columns: list[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table to W&B; cells that are arrays, uint8 [H, W] or [H, W, 3], become pictures."""

@@ -26,7 +26,7 @@ OPTIONS = ("--model.backbone", "timm/resnet10t", "--train.max_steps", "18", "--t
 
 @pytest.mark.parametrize("every_steps", ["4", "6", "100"])
 def test_a_resumed_training_is_the_undisturbed_one_to_the_last_bit(smoke, tmp_path, monkeypatch, every_steps):
-    """Cut off within an epoch (after 4 of 6 steps), at its end, and with the last epoch's checkpoint only."""
+    """Of 12 steps an epoch: cut off after 8, after 12 but before validation, and after the first epoch."""
     whole = smoke("whole", *OPTIONS)
 
     from dist_train import checkpoint
@@ -72,7 +72,7 @@ def test_resume_auto_starts_anew_in_an_empty_folder_and_ends_at_once_when_finish
 
 
 def test_a_named_checkpoint_is_resumed_in_a_new_folder(smoke):
-    first = smoke("first", *OPTIONS, "--save.every_steps", "9")
+    first = smoke("first", *OPTIONS, "--save.every_steps", "9", "--save.keep", "9")
     checkpoint = first / "checkpoints" / "step_00000009"
     second = smoke("second", *OPTIONS, "--resume", str(checkpoint))
     assert losses(second) == losses(first)
@@ -80,7 +80,7 @@ def test_a_named_checkpoint_is_resumed_in_a_new_folder(smoke):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(("--model.backbone", "resnet18"), "cannot be resumed"), (("--optim.name", "adamw"), "cannot be resumed")],
+    [(("--model.backbone", "resnet18"), "another model"), (("--optim.name", "adamw"), "another model")],
 )
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused(smoke, capsys, options, said):
     run_dir = smoke("run", *OPTIONS)
@@ -93,4 +93,4 @@ def test_nothing_in_a_checkpoint_is_executed(smoke, capsys):
     run_dir = smoke("run", *OPTIONS)
     torch.save({"optimizer": Accelerator}, list_checkpoints(run_dir / "checkpoints")[-1] / "state.pt")
     smoke("run", *OPTIONS, "--resume", "auto", code=2)
-    assert "cannot be resumed" in capsys.readouterr().err
+    assert "cannot be read" in capsys.readouterr().err

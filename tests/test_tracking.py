@@ -54,7 +54,7 @@ SUMMARY = {
 SMALL = ("--model.backbone", "timm/resnet10t")
 
 
-def test_a_run_leaves_its_folder_and_an_offline_wandb_run(smoke, caplog):
+def test_a_run_leaves_its_folder_and_an_offline_wandb_run(smoke, capsys):
     run_dir = smoke("run", *SMALL, "--track.tool", "wandb", "--track.tags", "[a, b]")
     for name in FILES:
         assert (run_dir / name).stat().st_size > 0, name
@@ -62,7 +62,7 @@ def test_a_run_leaves_its_folder_and_an_offline_wandb_run(smoke, caplog):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary.keys() >= SUMMARY
     (file,) = find_runs(run_dir)
-    assert f"wandb sync {file.parent}" in caplog.text
+    assert f"kept offline; upload it with: wandb sync {file.parent}" in capsys.readouterr().err
 
     history = read_history(file)
     assert {key for row in history for key in row} >= KEYS | {"curves", "confusion_matrix", "predictions"}

@@ -86,7 +86,7 @@ class ImageLoader:
         smallest = len(data) // math.ceil(len(data) / batch_size)
         if shuffle and smallest < world_size:
             raise InputError(
-                f"train.batch_size: a step of {smallest} images (train has {len(data)}) cannot be shared by "
+                f"train.batch_size: {batch_size} gives steps of {smallest} (train has {len(data)} images), too few for "
                 f"{world_size} processes; raise train.batch_size or start fewer processes"
             )
         self._images = _place(torch.from_numpy(data.images), self.device, residency)

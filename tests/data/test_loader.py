@@ -102,5 +102,5 @@ def test_validation_keeps_the_order_and_may_have_fewer_samples_than_processes():
 
 
 def test_a_batch_smaller_than_the_processes_is_refused():
-    with pytest.raises(InputError, match=r"train\.batch_size: a step of 2 images .* 3 processes"):
+    with pytest.raises(InputError, match=r"train\.batch_size: 2 gives steps of 1 .* 3 processes"):
         loaders(3, batch_size=2)
