@@ -68,16 +68,20 @@ def smoke(tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+def accelerate_launch(recipe: str | None, *arguments: str) -> list[str]:
+    """Return the command line of accelerate launch with a recipe of launch/accelerate, or with none."""
+    config = ["--config_file", str(RECIPES / f"{recipe}.yaml")] if recipe else []
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *config, *arguments]
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs `accelerate launch` for real and returns the finished process."""
+    """Return a function that runs accelerate launch for real and returns the finished process."""
 
-    def run(recipe: str | None, *arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-        config = ["--config_file", str(RECIPES / f"{recipe}.yaml")] if recipe else []
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *config, *arguments]
+    def run(recipe: str | None, *arguments: str, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
+        command = accelerate_launch(recipe, *arguments)
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        if code is not None:
-            assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
+        assert (done.returncode == 0) == succeeds, done.stderr[-4000:]
         return done
 
     return run

@@ -38,8 +38,12 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     rows = []
     for record in read_records(file):
         if record.HasField("history"):
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                key, *rest = item.nested_key or [item.key]
+                value = json.loads(item.value_json)
+                row[key] = {**row.get(key, {}), rest[0]: value} if rest else value
+            rows.append(row)
     return rows
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import RECIPES, ROOT
+from conftest import ROOT, accelerate_launch
 from wandb_file import find_runs, read_history
 
 SMOKE = (
@@ -86,10 +86,12 @@ def test_two_processes_stream_one_wandb_run_with_falling_loss(launch, tmp_path):
         *SMOKE,
         "--run_dir",
         str(run_dir),
+        "--data.count",
+        "84",  # few enough to be learnt by heart in seconds
         "--train.epochs",
-        "4",
+        "20",
         "--train.max_steps",
-        "40",
+        "60",
         "--optim.name",
         "adamw",
         "--optim.lr",
@@ -115,58 +117,37 @@ def test_two_processes_stream_one_wandb_run_with_falling_loss(launch, tmp_path):
         "misclassified",
     }
     losses = [row["train/loss"] for row in history if "train/loss" in row]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert done.stderr.count("epoch 1/4:") == 1  # only the main process speaks
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert done.stderr.count("epoch 1/20:") == 1  # only the main process speaks
     cores = len(os.sched_getaffinity(0))
     assert summary(run_dir)["threads"] == max(1, cores // 2)
 
 
-@pytest.mark.parametrize("recipe", ["cpu", "multi_cpu", "gpu", "multi_gpu", "multi_node", "fsdp"])
-def test_every_recipe_trains_on_this_machine(launch, tmp_path, recipe):
+@pytest.mark.parametrize("recipe", ["cpu", "multi_cpu", "gpu", "multi_gpu", "fsdp"])
+def test_every_recipe_of_one_machine_trains_here(launch, tmp_path, recipe):
     """Without a GPU, the recipes of GPUs start gloo processes on the CPU."""
-    if torch.cuda.device_count() == 1 and recipe in ("multi_gpu", "multi_node", "fsdp"):
+    world_size = 1 if recipe in ("cpu", "gpu") else 2
+    if torch.cuda.is_available() and world_size > torch.cuda.device_count():
         pytest.skip("needs no GPU, or two")
-    options = {
-        "multi_cpu": ("--num_processes", "2", *PORT),
-        "multi_gpu": ("--num_processes", "2", *PORT),
-        "fsdp": ("--num_processes", "2", *PORT),
-        "multi_node": ("--num_processes", "1", "--num_machines", "1", "--main_process_ip", "127.0.0.1"),
-    }.get(recipe, ())
     run_dir = tmp_path / "run"
-    if recipe == "multi_node":
-        ranks = []
-        for rank in (0, 1):
-            ranks.append(
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "accelerate.commands.accelerate_cli",
-                        "launch",
-                        "--config_file",
-                        str(RECIPES / "multi_node.yaml"),
-                        "--num_processes",
-                        "2",
-                        "--machine_rank",
-                        str(rank),
-                        "--main_process_ip",
-                        "127.0.0.1",
-                        "--main_process_port",
-                        "29611",
-                        *SMOKE,
-                        "--run_dir",
-                        str(run_dir),
-                        "--track.tool",
-                        "none",
-                    ],
-                    cwd=tmp_path,
-                )
-            )
-        assert [process.wait(200) for process in ranks] == [0, 0]
-    else:
-        launch(recipe, *options, *SMOKE, "--run_dir", str(run_dir), "--track.tool", "none")
-    assert summary(run_dir)["world_size"] == (1 if recipe in ("cpu", "gpu") else 2)
-    assert summary(run_dir)["threads"] == max(1, len(os.sched_getaffinity(0)) // summary(run_dir)["world_size"])
+    processes = ("--num_processes", "2", *PORT) if world_size == 2 else ()
+    launch(recipe, *processes, *SMOKE, "--run_dir", str(run_dir), "--track.tool", "none")
+    assert summary(run_dir)["world_size"] == world_size
+    assert summary(run_dir)["threads"] == max(1, len(os.sched_getaffinity(0)) // world_size)
+
+
+def test_the_recipe_of_several_machines_trains_over_two_launchers(tmp_path):
+    run_dir = tmp_path / "run"
+    place = ("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29611")
+    commands = [
+        accelerate_launch(
+            "multi_node", *place, "--machine_rank", rank, *SMOKE, "--run_dir", str(run_dir), "--track.tool", "none"
+        )
+        for rank in "01"
+    ]
+    machines = [subprocess.Popen(command, cwd=tmp_path) for command in commands]
+    assert [machine.wait(200) for machine in machines] == [0, 0]
+    assert summary(run_dir)["world_size"] == 2
 
 
 def test_launches_that_start_fewer_processes_than_asked_are_refused(launch, tmp_path):
@@ -175,7 +156,7 @@ def test_launches_that_start_fewer_processes_than_asked_are_refused(launch, tmp_
         "num_processes: 2\nuse_cpu: true\n"
     )
     for options in (("--cpu", "--num_processes", "2"), ("--config_file", str(tmp_path / "multi_cpu.yaml"))):
-        done = launch(None, *options, *SMOKE, "--run_dir", str(tmp_path / "run"), code=1)
+        done = launch(None, *options, *SMOKE, "--run_dir", str(tmp_path / "run"), succeeds=False)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("dist-train: error:")]
         assert "asked for several processes but started one" in line
         assert "exit status 2" in done.stderr
