@@ -295,7 +295,7 @@ def _draw_bars(axes: Axes, share: np.ndarray, names: list[str], real: int, bars:
     colour = RIGHT if guess == real else WRONG
     axes.barh(range(bars), 1, height=0.62, color="#f1f3f5")
     axes.barh(range(bars), share[shown], height=0.62, color=[colour if k == guess else OTHER for k in shown])
-    axes.set(xlim=(0, 1.36), ylim=(bars - 0.5, -0.5), xticks=[])
+    axes.set(xlim=(0, 1.48), ylim=(bars - 0.5, -0.5), xticks=[])
     axes.set_yticks(range(bars), [_short(names[k], 20) for k in shown])
     _calm(axes)
     axes.tick_params(labelsize=6.5, pad=3)
@@ -304,7 +304,7 @@ def _draw_bars(axes: Axes, share: np.ndarray, names: list[str], real: int, bars:
         tick.set(fontweight=weight, color=INK if k in (real, guess) else MUTED)
         if k in (real, guess):
             said = f"{100 * share[k]:.0f} %"
-            axes.text(1.36, row, said, size=6.5, va="center", ha="right", color=INK, weight=weight)
+            axes.text(1.48, row, said, size=6.5, va="center", ha="right", color=INK, weight=weight)
 
 
 def plot_confusion(matrix: Any, classes: Sequence[str]) -> Figure:

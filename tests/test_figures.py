@@ -114,10 +114,7 @@ def test_results_of_a_model_and_its_modes_restored():
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     images[0, 0, 0, 2], images[1, 0, 0, 1] = 255, 255
     figure = drawn(view_results(images, [2, 0], model))
-    assert [axes.get_title() for axes in figure.axes[::2]] == [
-        "real owl\n✓ predicted owl",
-        "real cat\n✗ predicted dog",
-    ]
+    assert [axes.get_title() for axes in figure.axes[::2]] == ["real owl\n✓ predicted owl", "real cat\n✗ predicted dog"]
     assert model.met == [(False, False, torch.float64, True)]
     assert model.training and not model.frozen.training
     assert model.scale.grad is None
@@ -174,10 +171,7 @@ def test_results_show_64_pictures_inside_the_figure():
         ({"probabilities": np.full((2, 3), np.nan)}, "probabilities: expected"),
         ({"classes": ["a", "b"]}, "classes: expected 3 names, one per probability, found 2"),
         ({"model": FirstPixels(3)}, "a model or probabilities, found both"),
-        (
-            {"model": nn.Identity(), "probabilities": None},
-            r"model: expected logits \[2,K\], found \[2, 1, 8, 8\]",
-        ),
+        ({"model": nn.Identity(), "probabilities": None}, r"model: expected logits \[2,K\], found \[2, 1, 8, 8\]"),
         ({"columns": 0}, "at least 1 column, found 0"),
     ],
 )
@@ -239,10 +233,6 @@ def test_figures_show_themselves_in_notebooks_and_never_load_pyplot():
         "print(png[1:4].decode(), 'matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert done.stdout.split() == ["PNG", "False"]
