@@ -138,7 +138,7 @@ def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str) -> GeneralTrac
     tracker = WandBTracker(config.project, mode=mode, **options)
     try:
         tracker.start()
-    except wandb.errors.Error as error:
+    except Exception as error:  # whatever ails W&B, the training goes on
         logger.warning("W&B cannot be reached (%s); the run goes on offline", str(error).split("\n")[0])
         tracker = WandBTracker(config.project, mode="offline", **options)
         tracker.start()

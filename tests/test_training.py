@@ -103,7 +103,7 @@ def test_clipping_bounds_the_step(faces):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     fit(faces, 1, model, batch_size=500, lr=1.0, clip_grad=0.01)
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)]).norm()
-    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_early_stopping_waits_patience_epochs(faces):
