@@ -140,6 +140,7 @@ def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str) -> GeneralTrac
         tracker.start()
     except Exception as error:  # whatever ails W&B, the training goes on
         logger.warning("W&B cannot be reached (%s); the run goes on offline", str(error).split("\n")[0])
+        wandb.teardown()  # else W&B's service still holds the run's id
         tracker = WandBTracker(config.project, mode="offline", **options)
         tracker.start()
     tracker.tracker.define_metric("*", step_metric="step")

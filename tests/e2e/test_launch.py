@@ -218,7 +218,8 @@ def test_a_compiled_model_trains_alike(tmp_path):
     for compiled in ("false", "true"):
         run_dir = tmp_path / compiled
         command = [sys.executable, *SMOKE, "--run_dir", str(run_dir), "--track.tool", "none"]
-        assert subprocess.run([*command, "--train.compile", compiled], timeout=600).returncode == 0
+        command += ["--optim.lr", "0.001", "--train.compile", compiled]
+        assert subprocess.run(command, timeout=600).returncode == 0
         losses.append(summary(run_dir)["final_train_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
