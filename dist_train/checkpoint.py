@@ -179,6 +179,8 @@ class Checkpointer:
             raise InputError(
                 f"resume: {self.resume_from} is of another model, optimizer or setting ({_first_line(error)})"
             ) from error
+        if not self.best.is_dir():  # resumed in another folder: its best is yet to come
+            state.progress.best_score, state.progress.best_epoch = float("-inf"), state.progress.epoch
         logger.info("resumed from %s: step %d, epoch %d", self.resume_from, state.progress.step, state.progress.epoch)
         return True
 

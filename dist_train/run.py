@@ -202,6 +202,9 @@ def _leave_pictures(
     run_dir: Path, history: History, validation: ImageSet, tracker: Tracker, accelerator: Accelerator
 ) -> None:
     """Judge the validation images with the best model; leave the figures in the folder and with the tracker."""
+    if not (run_dir / "best").is_dir():
+        logger.warning("no epoch had a finite validation figure: there is no best model and there are no pictures")
+        return
     model = load_run(run_dir).to(accelerator.device)
     with torch.inference_mode(), accelerator.autocast():
         chunks = torch.from_numpy(validation.images).split(256)

@@ -7,6 +7,7 @@ after a step and after an epoch.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def train(
     batches = trainloader if isinstance(trainloader, ImageLoader) else _DataLoaderBatches(trainloader, accelerator)
     validloader = shard_exactly(validloader, accelerator)
     progress, meter = progress or Progress(), Meter(accelerator)
-    state = TrainState(model, optimizer, progress, averaged and averaged.module)
+    state = TrainState(model, getattr(optimizer, "optimizer", optimizer), progress, averaged and averaged.module)
     state.parts = {"batches": batches, "meter": meter}
     state.parts |= {"scheduler": scheduler} if scheduler else {}
     state.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
@@ -123,7 +124,7 @@ def train(
         row = Epoch(
             progress.epoch + 1, trained.loss, trained.accuracy, valid.loss, valid.accuracy, rate, speed, meter.seconds
         )
-        progress.add(row, {"accuracy": valid.accuracy, "macro_f1": valid.macro_f1, "loss": -valid.loss}[best_on])
+        progress.add(row, _score(valid, best_on))
         _report(row, num_epochs)
         if tracker:
             tracker.after_epoch(progress.step, progress.epochs, valid)
@@ -187,12 +188,18 @@ def _gradient_norm(model: nn.Module, clip_grad: float | None, accelerator: Accel
 
 
 def _validate(state: TrainState, loader: DataLoader | ImageLoader, accelerator: Accelerator) -> Results:
-    """Evaluate the averaged weights if there are any, with batch statistics averaged over the processes."""
-    model = state.model if state.ema is None else state.ema
-    for module in {state.model, model}:
-        if accelerator.num_processes > 1:
-            distribute_bn(module, accelerator.num_processes, reduce=True)
-    return evaluate(model, loader, accelerator=accelerator)
+    """Evaluate the averaged weights if there are any, with the main process's batch statistics on all."""
+    if accelerator.num_processes > 1:
+        for module in (state.model, state.ema):
+            if module is not None:
+                distribute_bn(module, accelerator.num_processes, reduce=False)
+    return evaluate(state.model if state.ema is None else state.ema, loader, accelerator=accelerator)
+
+
+def _score(valid: Results, best_on: str) -> float:
+    """Return what chooses the best epoch; nan, which never is the best, if the loss is not finite."""
+    score = {"accuracy": valid.accuracy, "macro_f1": valid.macro_f1, "loss": -valid.loss}[best_on]
+    return score if math.isfinite(valid.loss) else math.nan
 
 
 def _progress_bar(batches: Any, epoch: int, num_epochs: int, accelerator: Accelerator) -> tqdm:

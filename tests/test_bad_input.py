@@ -59,6 +59,7 @@ CASES = {
     "split without classes": (["train", *FOLDER, "classless"], ["train", "no class folders"]),
     "one class": (["train", *FOLDER, "single"], ["only one class", "happy"]),
     "text in place of csv": (["train", *FOLDER, "notes.txt"], ["notes.txt", "no column"]),
+    "zip in place of csv": (["train", *FOLDER, "photos.zip"], ["photos.zip", "neither a folder nor a CSV"]),
     "csv without Usage": (["train", *FOLDER, "short.csv"], ["short.csv", "Usage"]),
     "folder told to be csv": (["train", *FOLDER, "faces", "--data.source", "csv"], ["data.path", "faces", "csv"]),
     "unreadable image": (["train", *FOLDER, "spoiled"], ["bad.png", "1 of", "data.skip_bad"]),
@@ -97,6 +98,7 @@ def place(tmp_path, monkeypatch, draw_folder) -> Path:
     for split in ("train", "validation"):
         picture = next((tmp_path / "faces" / split / "happy").iterdir())
         shutil.copy(picture, tmp_path / "single" / split / "happy")
+    (tmp_path / "photos.zip").write_bytes(bytes(range(256)) * 4)
     (tmp_path / "used").mkdir()
     (tmp_path / "used/thesis.txt").write_text("years of work")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")

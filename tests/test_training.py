@@ -123,6 +123,13 @@ def test_the_average_of_weights_is_what_is_validated(faces):
     assert plain.valid_loss != averaged.valid_loss
 
 
+def test_a_training_that_diverges_ends_without_a_best_model(smoke, capsys):
+    run_dir = smoke("run", "--model.backbone", "timm/resnet10t", "--optim.lr", "1e30")
+    assert "no best model" in capsys.readouterr().err
+    assert not (run_dir / "best").exists()
+    assert (run_dir / "summary.json").exists()
+
+
 def test_label_smoothing_raises_the_training_loss_only(faces):
     plain, smooth = fit(faces, 1, lr=1e-12), fit(faces, 1, lr=1e-12, label_smoothing=0.5)
     assert smooth.train_loss[0] != pytest.approx(plain.train_loss[0], abs=1e-6)

@@ -98,7 +98,10 @@ def _load_source(config: DataConfig) -> Splits:
         raise InputError(f"data.path: {path} is {'a folder' if path.is_dir() else 'a file'}, but data.source is {kind}")
     if kind == "csv":
         stamp = [str(path.resolve()), *_stamp(path)]
-        return _cached(config, stamp, lambda: _read_fer2013(path, config))
+        try:
+            return _cached(config, stamp, lambda: _read_fer2013(path, config))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
     files = {split: _list_files(folder) for split, folder in _split_folders(path).items()}
     classes = _class_names(path, files)
     stamp = [str(path.resolve()), *(s for split in files.values() for f in split for s in (f.name, *_stamp(f)))]

@@ -213,6 +213,21 @@ def test_a_plain_start_is_one_process(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_two_processes_resumes_on_two_and_on_one(launch, tmp_path):
+    """In the middle of an epoch, with a backbone without batch statistics."""
+    options = ("--model.backbone", "timm/convnext_atto", "--optim.lr", "0.01", "--track.tool", "none")
+    whole = tmp_path / "whole"
+    saves = ("--save.every_steps", "5", "--save.keep", "9")
+    launch("multi_cpu", *PORT, *SMOKE, *options, *saves, "--run_dir", str(whole))
+    checkpoint = ("--resume", str(whole / "checkpoints" / "step_00000005"))
+    launch("multi_cpu", *PORT, *SMOKE, *options, *checkpoint, "--run_dir", str(tmp_path / "two"))
+    launch("cpu", *SMOKE, *options, *checkpoint, "--run_dir", str(tmp_path / "one"))
+    for name in ("final_train_loss", "final_valid_loss", "final_train_acc"):
+        assert summary(tmp_path / "two")[name] == summary(whole)[name]
+        assert summary(tmp_path / "one")[name] == pytest.approx(summary(whole)[name], abs=1e-4)
+
+
+@pytest.mark.slow
 def test_a_compiled_model_trains_alike(tmp_path):
     losses = []
     for compiled in ("false", "true"):
