@@ -2,10 +2,10 @@
 
     python bench/throughput.py --data DIR [--json FILE]
 
-DIR: the real data, train/<class>/*. Ours is train() on the settings of configs/fer2013.yaml; the bare step is forward,
-backward and optimizer step of the same model on a batch that is already in memory, in the same size, batch and
-precision; the notebook's loop is fp32, batch 32, PIL decoding and transforms in a plain DataLoader, Adam, and an
-.item() in every step. The three take turns; the median of the rounds counts.
+DIR: the real data, train/<class>/*. Ours is train() on the settings of configs/fer2013.yaml. The bare step is
+forward, backward and optimizer step of the same model on a batch that is already in memory, in the same size, batch
+and precision, compiled or not as ours is. The notebook's loop is fp32, batch 32, PIL decoding and transforms in a plain
+DataLoader, Adam, and an .item() in every step. The three take turns; the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -46,11 +46,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=48, help="side of the images, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="steps of ours and of the bare step in a round")
+    parser.add_argument(
+        "--compile", choices=("true", "false"), default="true", help="torch.compile for ours and the bare step"
+    )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
 
-    config = parse(["train", "--config", str(CONFIG), "--data.path", options.data, "--data.image_size",
-                    str(options.size), "--model.pretrained", "false"]).config  # fmt: skip
+    keys = {"data.path": options.data, "data.image_size": options.size, "train.compile": options.compile}
+    given = [f"--{key}={value}" for key, value in keys.items()]
+    config = parse(["train", "--config", str(CONFIG), "--model.pretrained=false", *given]).config
     accelerator = build_accelerator(config.train)
     data = load_splits(config.data)
     contenders = {
@@ -102,7 +106,7 @@ def make_bare_step(
         started = start_clock()
         for _ in range(steps):
             with accelerator.autocast():
-                loss = F.cross_entropy(model.backbone(images), labels)
+                loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -155,7 +159,7 @@ def make_report(speeds: dict[str, list[float]], config: Config, accelerator: Acc
         "images_per_second": {name: round(value, 1) for name, value in median.items()},
         "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
         "settings": {"image_size": size, "batch_size": config.train.batch_size,
-                     "precision": accelerator.mixed_precision, "ema": config.train.ema},
+                     "precision": accelerator.mixed_precision, "compile": config.train.compile},
         "machine": {"device": gpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")},
         "commit": commit,

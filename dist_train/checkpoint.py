@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -48,9 +49,10 @@ class Epoch:
 
 @dataclass
 class Progress:
-    """Where a training stands: finished epochs, optimizer steps done, and the best epoch so far."""
+    """Where a training stands: finished epochs, optimizer steps done, the last one's learning rate, the best epoch."""
 
     step: int = 0
+    rate: float = 0.0
     epochs: list[Epoch] = field(default_factory=list)
     best_score: float = float("-inf")
     best_epoch: int = 0
@@ -215,4 +217,21 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     path = Path(resume)
     if not (path / "state.pt").is_file():
         raise InputError(f"resume: {path} is not a checkpoint folder; expected auto, never or .../checkpoints/step_N")
+    newer = [other.name for other in list_checkpoints(path.parent) if other.name > path.name]
+    if newer and path.parent.resolve() == (run_dir / "checkpoints").resolve():
+        raise InputError(
+            f"resume: {run_dir} has newer checkpoints than {path.name} ({newer[-1]}); name another run_dir"
+        )
     return path
+
+
+def check_checkpoint(path: Path, model: nn.Module) -> None:
+    """Raise InputError if the checkpoint's weights are not those of `model`, without reading them all."""
+    try:
+        with safetensors.safe_open(path / "model.safetensors", framework="pt") as file:
+            saved = {key: list(file.get_slice(key).get_shape()) for key in list(file.keys())}
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        raise InputError(f"resume: {path} cannot be read ({_first_line(error)})") from error
+    own = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    if other := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
+        raise InputError(f"resume: {path} is of another model; {len(other)} weights differ, the first is {other[0]}")

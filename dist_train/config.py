@@ -150,7 +150,7 @@ class TrainConfig:
     clip_grad: float | None = None
     """Largest gradient norm; null: no clipping."""
     patience: int | None = None
-    """Stop after this many epochs without a better validation accuracy; null: never."""
+    """Stop after this many epochs without a better validation figure (save.best_on); null: never."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, if the epochs do not end sooner."""
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from dist_train.config import InputError
@@ -20,6 +20,8 @@ def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) ->
     """Return a loader that gives every sample to exactly one process, none twice."""
     if not isinstance(loader, DataLoader) or isinstance(loader, DataLoaderShard):
         return loader
+    if isinstance(loader.dataset, IterableDataset) and accelerator.num_processes > 1:
+        raise InputError("validation: an IterableDataset cannot be shared exactly by several processes")
     return prepare_data_loader(
         loader,
         device=accelerator.device,
@@ -27,6 +29,7 @@ def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) ->
         process_index=accelerator.process_index,
         put_on_device=True,
         even_batches=False,
+        rng_types=["generator"],  # a shuffled loader's order is the main process's on all
     )
 
 

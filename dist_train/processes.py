@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 
 from dist_train.config import InputError, TrainConfig
 
@@ -114,3 +114,18 @@ def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: 
     if outcome[1] is not None:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+def local_main_first(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `function` on each machine's main process, then on the others; an InputError of any is raised on all."""
+    result = None
+    for turn in (True, False):
+        fault = None
+        if accelerator.is_local_main_process == turn:
+            try:
+                result = function(*arguments)
+            except InputError as error:
+                fault = str(error)
+        if faults := [found for found in gather_object([fault]) if found]:
+            raise InputError(faults[0])
+    return result

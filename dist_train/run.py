@@ -27,14 +27,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.nn import SyncBatchNorm
 
-from dist_train.checkpoint import Checkpointer, Progress, find_checkpoint
+from dist_train.checkpoint import Checkpointer, Progress, check_checkpoint, find_checkpoint
 from dist_train.config import Config, InputError
 from dist_train.data.images import ImageSet, load_splits
 from dist_train.data.loader import ImageLoader
 from dist_train.figures import plot_confusion, plot_history, view_results
 from dist_train.model import FaceModel, load_run
 from dist_train.optim import build_optimizer, build_schedule
-from dist_train.processes import build_accelerator, on_main
+from dist_train.processes import build_accelerator, local_main_first, on_main
 from dist_train.tracking import Tracker, check_tracker
 from dist_train.training import History, train
 
@@ -55,11 +55,11 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
     accelerator = build_accelerator(config.train)
     run_dir, checkpoint = on_main(accelerator, _choose_run_dir, config, overwrite)
     config = dataclasses.replace(config, run_dir=str(run_dir))
-    with accelerator.local_main_process_first():
-        splits = load_splits(config.data)
+    splits = local_main_first(accelerator, load_splits, config.data)
     set_seed(config.train.seed)
-    with accelerator.local_main_process_first():
-        model = build_model(config, splits[0])
+    model = local_main_first(accelerator, build_model, config, splits[0])
+    if checkpoint:
+        check_checkpoint(checkpoint, model)
     trainloader, validloader = build_loaders(config, splits, accelerator)
     optimizer = build_optimizer(model, config.optim)
     steps = min(config.train.epochs * len(trainloader), config.train.max_steps or 10**12)
@@ -101,11 +101,14 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
             progress=progress,
         )
         seconds = time.perf_counter() - started
+        tracker.step = progress.step
         if accelerator.is_main_process:
             _leave_pictures(run_dir, history, splits[1], tracker, accelerator)
             _write_summary(run_dir, progress, seconds, tracker.run_id, accelerator)
-    finally:
-        tracker.finish()
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
     return run_dir
 
 

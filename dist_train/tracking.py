@@ -86,12 +86,13 @@ class Tracker:
             data = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
             self.accelerator.trackers[0].log_table(key, columns=columns, data=data, step=self.step)
 
-    def finish(self) -> None:
-        """Close the tracker; say how to upload an offline run."""
+    def finish(self, failed: bool = False) -> None:
+        """Close the tracker, as failed or not; say how to upload an offline run."""
         offline = None
         if self.kind == "wandb" and self.accelerator.is_main_process:
             run = self.accelerator.trackers[0].tracker
             offline = Path(run.dir).parent if run.settings._offline else None
+            run.finish(exit_code=int(failed))
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers = []

@@ -92,7 +92,6 @@ def train(
         batches.set_epoch(progress.epoch)
         model.train()
         meter.start_clock()
-        rate = optimizer.param_groups[0]["lr"]
         with _progress_bar(batches, progress.epoch, num_epochs, accelerator) as bar:
             for batch in bar:
                 _seed_step(seed, progress.step, accelerator.process_index)
@@ -105,7 +104,7 @@ def train(
                 progress.step += 1
                 logs = progress.step % log_every == 0
                 norm = _gradient_norm(model, clip_grad, accelerator) if logs or clip_grad else None
-                rate = optimizer.param_groups[0]["lr"]
+                progress.rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 optimizer.zero_grad()
                 if scheduler and not accelerator.optimizer_step_was_skipped:
@@ -113,7 +112,7 @@ def train(
                 if averaged:
                     averaged.update(accelerator.unwrap_model(model), progress.step)
                 if logs:
-                    _log_step(meter, norm, rate, progress.step, tracker, bar)
+                    _log_step(meter, norm, progress, tracker, bar)
                 if checkpointer:
                     checkpointer.after_step(state)
                 if progress.step == max_steps:
@@ -122,7 +121,14 @@ def train(
             valid = _validate(state, validloader, accelerator)
             bar.set_postfix(_shown(trained) | {f"valid_{name}": text for name, text in _shown(valid).items()})
         row = Epoch(
-            progress.epoch + 1, trained.loss, trained.accuracy, valid.loss, valid.accuracy, rate, speed, meter.seconds
+            progress.epoch + 1,
+            trained.loss,
+            trained.accuracy,
+            valid.loss,
+            valid.accuracy,
+            progress.rate,
+            speed,
+            meter.seconds,
         )
         progress.add(row, _score(valid, best_on))
         _report(row, num_epochs)
@@ -163,8 +169,11 @@ class _DataLoaderBatches:
 
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Yield up to `count` parts (images, labels, whether it is the last) of a batch."""
-    parts = list(zip(batch.images.chunk(count), batch.labels.chunk(count), strict=True))
+    """Yield up to `count` parts (images, labels, whether it is the last) of a batch, as many on every process."""
+    count = max(
+        1, min(count, int(1 / batch.scale + 1e-6))
+    )  # 1 / scale is the mean share: none is smaller, rounded down
+    parts = list(zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True))
     for number, (images, labels) in enumerate(parts, start=1):
         yield images, labels, number == len(parts)
 
@@ -211,7 +220,7 @@ def _shown(results: Results) -> dict[str, str]:
     return {"loss": f"{results.loss:.4f}", "acc": f"{results.accuracy:.4f}"}
 
 
-def _log_step(meter: Meter, norm: Tensor | None, rate: float, step: int, tracker: Tracker | None, bar: tqdm) -> None:
+def _log_step(meter: Meter, norm: Tensor | None, progress: Progress, tracker: Tracker | None, bar: tqdm) -> None:
     total, recent, speed = meter.look()
     bar.set_postfix(_shown(total))
     if tracker:
@@ -219,11 +228,11 @@ def _log_step(meter: Meter, norm: Tensor | None, rate: float, step: int, tracker
             {
                 "train/loss": recent.loss,
                 "train/accuracy": recent.accuracy,
-                "train/lr": rate,
+                "train/lr": progress.rate,
                 "train/images_per_second": speed,
                 "train/grad_norm": float(norm) if norm is not None else float("nan"),
             },
-            step,
+            progress.step,
         )
 
 

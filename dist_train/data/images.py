@@ -29,7 +29,7 @@ from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 TRAIN_NAMES = ("train",)
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
 FER2013_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
@@ -73,9 +73,9 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     validation = splits.get("validation")
     if validation is None:
         train, validation = _split_off_validation(train, config.validation_share)
-    _check_classes(train, validation)
     if config.drop_leaked:
         validation = _drop_leaked(train, validation)
+    _check_classes(train, validation)
     logger.info(
         "data: %d train and %d validation images, %d classes, %s",
         len(train),
@@ -104,7 +104,10 @@ def _load_source(config: DataConfig) -> Splits:
             raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
     files = {split: _list_files(folder) for split, folder in _split_folders(path).items()}
     classes = _class_names(path, files)
-    stamp = [str(path.resolve()), *(s for split in files.values() for f in split for s in (f.name, *_stamp(f)))]
+    stamp = [
+        str(path.resolve()),
+        *(s for split in files.values() for f in split for s in (str(f.relative_to(path)), *_stamp(f))),
+    ]
     return _cached(config, stamp, lambda: _decode_folders(path, files, classes, config))
 
 
@@ -231,7 +234,7 @@ def _read_fer2013(path: Path, config: DataConfig) -> Splits:
             raise InputError(f"{path}: no column {', '.join(sorted(missing))}; expected emotion, pixels, Usage")
         reader.fieldnames = fields
         for number, row in enumerate(tqdm(reader, "reading", unit="image", disable=None, leave=False)):
-            split = FER2013_USAGES.get(row["Usage"].strip())
+            split = FER2013_USAGES.get((row["Usage"] or "").strip())
             if split is None:
                 left_out += 1
                 continue
@@ -259,7 +262,8 @@ def _parse_fer2013_row(path: Path, number: int, row: dict[str, str], size: int) 
         pixels = np.array(row["pixels"].split(), dtype=np.uint8)
         side = round(len(pixels) ** 0.5)
         image = Image.fromarray(pixels.reshape(side, side))
-        FER2013_CLASSES[emotion]
+        if not 0 <= emotion < len(FER2013_CLASSES):
+            raise ValueError(f"emotion {emotion} is not one of 0 to 6")
     except (ValueError, IndexError, OverflowError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: data row {number} cannot be read: {error}") from error
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)), emotion

@@ -97,6 +97,7 @@ def test_fer2013_csv_maps_its_class_order_by_name(tmp_path):
         ({"header": ["emotion", "pix", "Usage"]}, "no column pixels"),
         ({"emotion": 9}, "data row 0"),
         ({"emotion": "happy"}, "data row 0"),
+        ({"emotion": -1}, "data row 0"),
     ],
 )
 def test_a_damaged_csv_is_refused(tmp_path, changes, said):
@@ -161,6 +162,18 @@ def test_decoded_images_are_cached_until_a_file_changes(draw_folder, tmp_path):
     (path / "train/happy/new.png").write_bytes(file.read_bytes())
     assert len(load_splits(options)[0]) == 71
     assert len(list(cache.iterdir())) == 3
+
+
+def test_a_moved_image_and_a_renamed_class_are_not_taken_from_the_cache(draw_folder):
+    path = draw_folder()
+    first, _ = load_splits(config(path))
+    last = sorted((path / "train/angry").iterdir())[-1]
+    last.rename(path / "train/disgust" / last.name)
+    moved, _ = load_splits(config(path))
+    assert np.bincount(moved.labels)[0] == np.bincount(first.labels)[0] - 1
+    for split in ("train", "validation"):
+        (path / split / "sad").rename(path / split / "sadness")
+    assert "sadness" in load_splits(config(path))[0].classes
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(draw_folder, tmp_path, caplog):
