@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="steps of ours and of the bare step in a round")
     parser.add_argument(
-        "--compile", choices=("true", "false"), default="true", help="torch.compile for ours and the bare step"
+        "--compile", choices=("true", "false"), default="false", help="torch.compile for ours and the bare step"
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()

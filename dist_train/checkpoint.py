@@ -138,8 +138,10 @@ class Checkpointer:
             if state.ema is not None:
                 safetensors.torch.save_file(_contiguous(state.ema.state_dict()), aside / "ema.safetensors")
             torch.save(rest, aside / "state.pt")
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                target.rename(self.folder / f".old_{target.name}")
             aside.rename(target)
+            shutil.rmtree(self.folder / f".old_{target.name}", ignore_errors=True)
             for old in list_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -204,7 +206,11 @@ def _first_line(error: Exception) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.pt").is_file())
+    return sorted(
+        path
+        for path in folder.glob("step_*")
+        if (path / "state.pt").is_file() and (path / "model.safetensors").is_file()
+    )
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:

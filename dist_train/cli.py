@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,10 +94,14 @@ def _keys(parser: ArgumentParser) -> list[str]:
 
 
 def _with_quickstart(arguments: list[str]) -> list[str]:
-    """Put the quickstart's config first where neither a config nor data is named."""
+    """Put first, where neither a config nor data is named: the resumed run's config, else the quickstart's."""
     names = {argument.split("=")[0] for argument in arguments}
     if names & {"--config", "--data.path", "--data.source"}:
         return arguments
+    run_dir = next((b for a, b in pairwise(arguments) if a == "--run_dir"), "")
+    resumed = Path(run_dir) / "config.yaml"
+    if "--resume" in names and run_dir and resumed.is_file():
+        return ["train", "--config", str(resumed), *arguments[1:]]
     return ["train", "--config", str(files("dist_train.configs") / "quickstart.yaml"), *arguments[1:]]
 
 

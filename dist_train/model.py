@@ -129,13 +129,15 @@ def _build_torchvision(
         raise InputError(
             f"model.backbone: no torchvision classifier {name!r}{nearest(name, names)}; timm's are written timm/NAME"
         )
-    options: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "transform_input": in_channels == 3}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     if in_channels == 1:
         _make_gray(model)
     if fetch:
-        state = _fetch(name, lambda: weights.get_state_dict(progress=False, check_hash=True))
+        state = _fetch(name, lambda: torchvision.models.get_model(name, weights=weights, progress=False).state_dict())
         state = {key: tensor for key, tensor in state.items() if options == {} or not key.lower().startswith("aux")}
         _load_state(model, state, name)
     preset = weights.transforms()

@@ -17,9 +17,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     names = timm.optim.list_optimizers()
     if config.name not in names:
         raise InputError(f"optim.name: no optimizer {config.name!r}{nearest(config.name, names)}")
-    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-        model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay
-    )
+    try:
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay
+        )
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise InputError(f"optim.name: {config.name} cannot be used here ({error})") from error
     return optimizer
 
 

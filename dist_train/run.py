@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch.nn import SyncBatchNorm
+from timm.layers import convert_sync_batchnorm
 
 from dist_train.checkpoint import Checkpointer, Progress, check_checkpoint, find_checkpoint
 from dist_train.config import Config, InputError
@@ -41,6 +41,17 @@ from dist_train.training import History, train
 logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 24
+OWN_FILES = (
+    "config.yaml",
+    "history.csv",
+    "summary.json",
+    "curves.png",
+    "predictions.png",
+    "best",
+    "checkpoints",
+    "wandb",
+    "tensorboard",
+)
 LISTED_MISTAKES = 64
 PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
 MISTAKE_COLUMNS = ["image", "name", "real", "predicted", "confidence"]
@@ -77,7 +88,6 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
         every_steps=config.save.every_steps,
         resume_from=checkpoint,
     )
-    started = time.perf_counter()
     try:
         history = train(
             model,
@@ -100,11 +110,10 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
             checkpointer=checkpointer,
             progress=progress,
         )
-        seconds = time.perf_counter() - started
         tracker.step = progress.step
         if accelerator.is_main_process:
+            _write_summary(run_dir, progress, tracker.run_id, accelerator)
             _leave_pictures(run_dir, history, splits[1], tracker, accelerator)
-            _write_summary(run_dir, progress, seconds, tracker.run_id, accelerator)
     except BaseException:
         tracker.finish(failed=True)
         raise
@@ -130,7 +139,7 @@ def build_model(config: Config, data: ImageSet) -> FaceModel:
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if config.train.sync_batchnorm:
-        model = SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     if config.train.compile:
         model.compile()
     return model
@@ -175,6 +184,8 @@ def _choose_run_dir(config: Config, overwrite: bool) -> tuple[Path, Path | None]
         raise InputError(f"run_dir: {run_dir} is not a run folder (no config.yaml), so --overwrite will not delete it")
     if used and not overwrite and config.resume == "never":
         raise InputError(f"run_dir: {run_dir} is not empty; name another, or use --resume auto or --overwrite")
+    if used and checkpoint and checkpoint.parent.resolve() != (run_dir / "checkpoints").resolve():
+        raise InputError(f"run_dir: {run_dir} is not empty; resuming {checkpoint} needs its own folder or a new one")
     if used and not overwrite and checkpoint is None and not (run_dir / "config.yaml").is_file():
         raise InputError(f"run_dir: {run_dir} is not empty and not a run folder (no config.yaml); name another")
     writable = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())
@@ -184,8 +195,8 @@ def _choose_run_dir(config: Config, overwrite: bool) -> tuple[Path, Path | None]
 
 
 def _start_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
-    if overwrite and run_dir.exists():
-        shutil.rmtree(run_dir)
+    for old in [run_dir / name for name in OWN_FILES if overwrite]:  # nothing of anybody else's
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
@@ -252,7 +263,7 @@ def _pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _write_summary(run_dir: Path, progress: Progress, seconds: float, run_id: str, accelerator: Accelerator) -> None:
+def _write_summary(run_dir: Path, progress: Progress, run_id: str, accelerator: Accelerator) -> None:
     last, best = progress.epochs[-1], progress.epochs[progress.best_epoch - 1]
     summary = {
         "best_valid_acc": best.valid_acc,
@@ -265,7 +276,7 @@ def _write_summary(run_dir: Path, progress: Progress, seconds: float, run_id: st
         "precision": accelerator.mixed_precision,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "images_per_second": sum(row.images_per_second for row in progress.epochs) / len(progress.epochs),
-        "train_seconds": seconds,
+        "train_seconds": sum(row.seconds for row in progress.epochs),
         "wandb_run_id": run_id,
         "versions": {name: version(name) for name in PACKAGES},
     }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import safetensors.torch
@@ -83,6 +84,22 @@ def test_published_weights_are_loaded_from_the_hubs_cache(tmp_path, monkeypatch)
     model = FaceModel()
     assert torch.equal(model.backbone.layer4[1].conv2.weight, published.layer4[1].conv2.weight)
     assert model.backbone.fc.weight.shape == (7, 512)
+
+
+def test_published_weights_with_other_key_names_are_loaded(tmp_path):
+    """Densenet's published files have older names, which torchvision turns into its own."""
+    weights = torchvision.models.DenseNet121_Weights.DEFAULT
+    state = torchvision.models.densenet121(weights=None).state_dict()
+    checkpoints = tmp_path / "torch" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    older = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value
+        for key, value in state.items()
+        if "tracked" not in key
+    }
+    torch.save(older, checkpoints / weights.url.rsplit("/", 1)[1])
+    model = FaceModel("densenet121")
+    assert torch.equal(model.backbone.features.conv0.weight, state["features.conv0.weight"])
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "timm/resnet18"])

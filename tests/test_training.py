@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_train import train
+from dist_train.checkpoint import Progress
 from dist_train.config import DataConfig, OptimConfig
 from dist_train.data.images import ImageSet, load_splits
 from dist_train.data.loader import ImageLoader
@@ -113,8 +114,10 @@ def test_early_stopping_waits_patience_epochs(faces):
 
 def test_max_steps_ends_within_an_epoch(faces):
     model = Small()
-    history = fit(faces, 20, model, max_steps=9)
+    progress = Progress()
+    history = fit(faces, 20, model, max_steps=9, progress=progress)
     assert len(history.train_loss) == 2
+    assert progress.step == 9
 
 
 def test_the_average_of_weights_is_what_is_validated(faces):
