@@ -19,11 +19,18 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from dist_train.config import InputError
 
 logger = logging.getLogger(__name__)
+
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Stateful(Protocol):
@@ -148,7 +155,7 @@ class Checkpointer:
 
     def save_best(self, state: TrainState) -> None:
         """Write best/: the averaged weights if there are any, else the model's own."""
-        model, _ = _full_state(state)
+        model = _contiguous(get_model_state_dict(state.model, options=FULL_STATE))
         if self.accelerator.is_main_process:
             unwrapped: Any = self.accelerator.unwrap_model(state.model)
             unwrapped.save(self.best, model if state.ema is None else _contiguous(state.ema.state_dict()))
@@ -191,8 +198,7 @@ class Checkpointer:
 
 def _full_state(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the whole model and optimizer state by parameter names, however they are wrapped or sharded."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model, optimizer = get_state_dict(state.model, state.optimizer, options=options)
+    model, optimizer = get_state_dict(state.model, state.optimizer, options=FULL_STATE)
     return _contiguous(model), optimizer
 
 

@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Options(NamedTuple):
     """What the command line asks for."""
 
-    command: str
     config: Config
     overwrite: bool
 
@@ -60,7 +59,7 @@ def parse(arguments: list[str]) -> Options:
         raise InputError(_explain(str(error), _keys(train))) from error
     options = parser.instantiate(found)[found.command]
     values = {field.name: options[field.name] for field in fields(Config)}
-    return Options(found.command, Config(**values), bool(options.get("overwrite")))
+    return Options(Config(**values), bool(options.get("overwrite")))
 
 
 def _build_parsers() -> tuple[ArgumentParser, ArgumentParser]:

@@ -10,22 +10,10 @@ import pytest
 import yaml
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb_file import find_runs, read_config, read_history, read_records
+from wandb_file import KEYS, find_runs, read_config, read_history, read_records
 
 from dist_train.config import Config
 
-KEYS = {
-    "train/loss",
-    "train/accuracy",
-    "train/lr",
-    "train/images_per_second",
-    "train/grad_norm",
-    "valid/loss",
-    "valid/accuracy",
-    "valid/macro_f1",
-    "epoch",
-    "step",
-}
 FILES = (
     "config.yaml",
     "history.csv",

@@ -11,6 +11,19 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK, HEADER = 32 * 1024, 7
 FULL, LAST = 1, 4
+# what every training logs; its pictures come at the end
+KEYS = {
+    "train/loss",
+    "train/accuracy",
+    "train/lr",
+    "train/images_per_second",
+    "train/grad_norm",
+    "valid/loss",
+    "valid/accuracy",
+    "valid/macro_f1",
+    "epoch",
+    "step",
+}
 
 
 def read_records(file: Path) -> Iterator[Record]:
