@@ -5,7 +5,8 @@
 DIR: the real data, train/<class>/*. Ours is train() on the settings of configs/fer2013.yaml. The bare step is
 forward, backward and optimizer step of the same model on a batch that is already in memory, in the same size, batch
 and precision, compiled or not as ours is. The notebook's loop is fp32, batch 32, PIL decoding and transforms in a plain
-DataLoader, Adam, and an .item() in every step. The three take turns; the median of the rounds counts.
+DataLoader, Adam, and an .item() in every step. The three take turns, each in a process of its own; the median of the
+rounds counts.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -32,55 +35,79 @@ from dist_train import FaceModel, train
 from dist_train.checkpoint import Progress
 from dist_train.cli import parse
 from dist_train.config import Config
-from dist_train.data.images import ImageSet, load_splits
+from dist_train.data.images import load_splits
 from dist_train.optim import build_optimizer
-from dist_train.processes import build_accelerator
+from dist_train.processes import build_accelerator, default_accelerator
 from dist_train.run import build_loaders, build_model
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fer2013.yaml"
 
 
 def main() -> None:
+    options = parse_options()
+    contenders = {"ours": make_ours, "bare_step": make_bare_step, "notebook": make_notebook}
+    # a process each: none gains or suffers from another's settings
+    pools = {
+        name: ProcessPoolExecutor(1, get_context("spawn"), set_up, (make, options)) for name, make in contenders.items()
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in pools}
+    for number in range(options.rounds + 1):  # the first round warms up
+        for name, pool in pools.items():
+            speed = pool.submit(call).result()
+            if number:
+                speeds[name].append(speed)
+    report = make_report(speeds, pools["ours"].submit(describe, options).result())
+    for pool in pools.values():
+        pool.shutdown()
+    print(json.dumps(report, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train/<class>/* and validation/<class>/*")
     parser.add_argument("--size", type=int, default=48, help="side of the images, in pixels")
+    parser.add_argument("--batch", type=int, default=128, help="images per step of ours and of the bare step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30, help="steps of ours and of the bare step in a round")
     parser.add_argument(
         "--compile", choices=("true", "false"), default="false", help="torch.compile for ours and the bare step"
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    keys = {"data.path": options.data, "data.image_size": options.size, "train.compile": options.compile}
+
+def set_up(make: Callable[[argparse.Namespace], Callable[[], float]], options: argparse.Namespace) -> None:
+    """Make this process's contender."""
+    global contender
+    contender = make(options)
+
+
+def call() -> float:
+    """Run a round of this process's contender and return its images per second."""
+    return contender()
+
+
+def build_config(options: argparse.Namespace) -> Config:
+    keys = {
+        "data.path": options.data,
+        "data.image_size": options.size,
+        "train.batch_size": options.batch,
+        "train.compile": options.compile,
+    }
     given = [f"--{key}={value}" for key, value in keys.items()]
-    config = parse(["train", "--config", str(CONFIG), "--model.pretrained=false", *given]).config
+    return parse(["train", "--config", str(CONFIG), "--model.pretrained=false", *given]).config
+
+
+def make_ours(options: argparse.Namespace) -> Callable[[], float]:
+    """Return a function that trains one short epoch with train() and returns its images per second."""
+    config = build_config(options)
     accelerator = build_accelerator(config.train)
     data = load_splits(config.data)
-    contenders = {
-        "ours": make_ours(config, data, accelerator, options.steps),
-        "bare_step": make_bare_step(config, data, accelerator, options.steps),
-        "notebook": make_notebook(options.data, accelerator, options.steps),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(options.rounds + 1):  # the first round warms up
-        for name, contender in contenders.items():
-            speed = contender()
-            if number:
-                speeds[name].append(speed)
-    report = make_report(speeds, config, accelerator, options.size)
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def make_ours(
-    config: Config, data: tuple[ImageSet, ImageSet], accelerator: Accelerator, steps: int
-) -> Callable[[], float]:
-    """Return a function that trains one short epoch with train() and returns its images per second."""
     model = build_model(config, data[0])
     optimizer = build_optimizer(model, config.optim)
-    few = data[0].subset(torch.randperm(len(data[0]))[: steps * config.train.batch_size].numpy())
+    few = data[0].subset(torch.randperm(len(data[0]))[: options.steps * config.train.batch_size].numpy())
     trainloader, validloader = build_loaders(config, (few, data[1].subset(torch.arange(64).numpy())), accelerator)
 
     def run() -> float:
@@ -92,11 +119,11 @@ def make_ours(
     return run
 
 
-def make_bare_step(
-    config: Config, data: tuple[ImageSet, ImageSet], accelerator: Accelerator, steps: int
-) -> Callable[[], float]:
+def make_bare_step(options: argparse.Namespace) -> Callable[[], float]:
     """Return a function that repeats the step on one batch in memory and returns its images per second."""
-    model = build_model(config, data[0]).to(accelerator.device).train()
+    config = build_config(options)
+    accelerator = build_accelerator(config.train)
+    model = build_model(config, load_splits(config.data)[0]).to(accelerator.device).train()
     optimizer = build_optimizer(model, config.optim)
     images = torch.rand(config.train.batch_size, 3, config.data.image_size, config.data.image_size)
     images = images.to(accelerator.device, memory_format=torch.channels_last)
@@ -104,30 +131,31 @@ def make_bare_step(
 
     def run() -> float:
         started = start_clock()
-        for _ in range(steps):
+        for _ in range(options.steps):
             with accelerator.autocast():
                 loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return steps * len(labels) / (start_clock() - started)
+        return options.steps * len(labels) / (start_clock() - started)
 
     return run
 
 
-def make_notebook(path: str, accelerator: Accelerator, steps: int) -> Callable[[], float]:
+def make_notebook(options: argparse.Namespace) -> Callable[[], float]:
     """Return a function that runs the notebook's loop and returns its images per second."""
+    device = default_accelerator().device
     change = transforms.Compose(
         [transforms.RandomHorizontalFlip(), transforms.RandomRotation((-20, 20)), transforms.ToTensor()]
     )
-    loader = DataLoader(ImageFolder(f"{path}/train", transform=change), batch_size=32, shuffle=True)
-    model = FaceModel(pretrained=False).to(accelerator.device).train()
+    loader = DataLoader(ImageFolder(f"{options.data}/train", transform=change), batch_size=32, shuffle=True)
+    model = FaceModel(pretrained=False).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
 
     def run() -> float:
         started, total_loss, right, count = start_clock(), 0.0, 0, 0
-        for images, labels in islice(loader, 2 * steps):
-            images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+        for images, labels in islice(loader, 2 * options.steps):
+            images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
@@ -141,6 +169,22 @@ def make_notebook(path: str, accelerator: Accelerator, steps: int) -> Callable[[
     return run
 
 
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """Return settings and machine, as the process of `ours` sees them."""
+    config = build_config(options)
+    accelerator = build_accelerator(config.train)
+    gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
+    return {
+        "settings": {
+            "image_size": config.data.image_size,
+            "batch_size": config.train.batch_size,
+            "precision": accelerator.mixed_precision,
+            "compile": config.train.compile,
+        },
+        "machine": {"device": gpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+    }
+
+
 def start_clock() -> float:
     """Return the time, in seconds, once the device is done."""
     if torch.cuda.is_available():
@@ -148,22 +192,19 @@ def start_clock() -> float:
     return time.perf_counter()
 
 
-def make_report(speeds: dict[str, list[float]], config: Config, accelerator: Accelerator, size: int) -> dict:
+def make_report(speeds: dict[str, list[float]], description: dict[str, Any]) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in speeds.items()}
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CONFIG.parent
     ).stdout.strip()
-    gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
     return {
         "ratios": {name: round(median["ours"] / median[name], 3) for name in ("bare_step", "notebook")},
         "images_per_second": {name: round(value, 1) for name, value in median.items()},
         "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
-        "settings": {"image_size": size, "batch_size": config.train.batch_size,
-                     "precision": accelerator.mixed_precision, "compile": config.train.compile},
-        "machine": {"device": gpu or platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        **description,
         "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")},
         "commit": commit,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ In: config and the launcher's environment. Out: an Accelerator that sees every p
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.ema and accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("train.ema: cannot average sharded weights (FSDP); set train.ema: 0")
     _set_threads(accelerator, cpu)
+    if cpu:
+        _keep_freed_memory()
     return accelerator
 
 
@@ -98,6 +102,16 @@ def _set_threads(accelerator: Accelerator, cpu: bool) -> None:
     if cpu and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees: given back to the system, it would be paged in anew by the next.
+
+    On a CPU that costs a fifth of the step. Elsewhere than on glibc nothing happens.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
