@@ -42,6 +42,8 @@ from dist_train.run import build_loaders, build_model
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fer2013.yaml"
 
+contender: Callable[[], float]  # of this process, made by set_up
+
 
 def main() -> None:
     options = parse_options()
