@@ -33,7 +33,7 @@ from torchvision.datasets import ImageFolder
 
 from dist_train import FaceModel, train
 from dist_train.checkpoint import Progress
-from dist_train.cli import parse
+from dist_train.cli import train_config
 from dist_train.config import Config
 from dist_train.data.images import load_splits
 from dist_train.optim import build_optimizer
@@ -99,7 +99,7 @@ def build_config(options: argparse.Namespace) -> Config:
         "train.compile": options.compile,
     }
     given = [f"--{key}={value}" for key, value in keys.items()]
-    return parse(["train", "--config", str(CONFIG), "--model.pretrained=false", *given]).config
+    return train_config(["train", "--config", str(CONFIG), "--model.pretrained=false", *given])
 
 
 def make_ours(options: argparse.Namespace) -> Callable[[], float]:

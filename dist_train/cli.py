@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from importlib.resources import files
@@ -19,10 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from dist_train.config import Config, InputError, nearest
-from dist_train.run import run_training
+
+
+class Command(NamedTuple):
+    """A sub-command: its line in --help, what adds its arguments to a parser, and what runs it."""
+
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,60 +38,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     main_process = os.environ.get("LOCAL_RANK", "0") == "0"
     _set_up_logging(main_process)
     try:
-        options = parse(arguments)
-        run_training(options.config, overwrite=options.overwrite)
+        name, options = parse(arguments)
+        return COMMANDS[name].run(options)
     except InputError as error:
         if main_process:  # every process of a machine finds the same fault
             print(f"dist-train: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-class Options(NamedTuple):
-    """What the command line asks for."""
-
-    config: Config
-    overwrite: bool
-
-
-def parse(arguments: list[str]) -> Options:
-    """Return what `arguments` ask for; InputError names the key, the value and what is allowed."""
-    parser, train = _build_parsers()
-    if arguments[:1] == ["train"]:
-        arguments = _with_quickstart(arguments)
-        _check_config_file(arguments, _keys(train))
-    try:
-        found = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise InputError(_explain(str(error), _keys(train))) from error
-    options = parser.instantiate(found)[found.command]
-    values = {field.name: options[field.name] for field in fields(Config)}
-    return Options(Config(**values), bool(options.get("overwrite")))
-
-
-def _build_parsers() -> tuple[ArgumentParser, ArgumentParser]:
-    """Return the parser of the whole command line and the one of `train`."""
+def parse(arguments: list[str]) -> tuple[str, Namespace]:
+    """Return the command and its options; InputError names the key, the value and what is allowed."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    train = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Train a model and leave a run folder. Without --config and --data.path: the quickstart on "
-        "the built-in faces.",
-    )
-    train.add_argument("--config", action="config", help="YAML file of the keys below; options after it win.")
-    train.add_class_arguments(Config)
-    train.add_argument(
-        "--overwrite", action="store_true", default=argparse.SUPPRESS, help="Replace an earlier run in run_dir."
-    )
     parser = ArgumentParser(
         prog="dist-train",
         exit_on_error=False,
         allow_abbrev=False,
         version=version("dist_train"),
-        description="Train facial-expression classifiers.",
+        description="Train facial-expression classifiers and use them.",
     )
-    parser.add_subcommands(dest="command").add_subcommand("train", train, help="train a model, leave a run folder")
-    return parser, train
+    commands = parser.add_subcommands(dest="command")
+    parsers = {}
+    for name, command in COMMANDS.items():
+        parsers[name] = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.help)
+        command.add_arguments(parsers[name])
+        commands.add_subcommand(name, parsers[name], help=command.help)
+    keys = _keys(parsers[arguments[0]]) if arguments[:1] and arguments[0] in parsers else []
+    if arguments[:1] == ["train"]:
+        arguments = _with_quickstart(arguments)
+        _check_config_file(arguments, keys)
+    try:
+        found = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise InputError(_explain(str(error), keys)) from error
+    return found.command, parser.instantiate(found)[found.command]
+
+
+# train
+
+
+def train_config(arguments: list[str]) -> Config:
+    """Return the Config that the command line `train ...` asks for."""
+    return _config(parse(arguments)[1])
+
+
+def _config(options: Namespace) -> Config:
+    return Config(**{field.name: options[field.name] for field in fields(Config)})
+
+
+def _add_train_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="YAML file of the keys below; options after it win.")
+    parser.add_class_arguments(Config)
+    parser.add_argument(
+        "--overwrite", action="store_true", default=argparse.SUPPRESS, help="Replace an earlier run in run_dir."
+    )
+
+
+def _train(options: Namespace) -> int:
+    from dist_train.run import run_training
+
+    run_training(_config(options), overwrite=bool(options.get("overwrite")))
+    return 0
 
 
 def _keys(parser: ArgumentParser) -> list[str]:
@@ -162,6 +175,15 @@ def _kind_in_words(kind: str) -> str:
     }
     name = re.sub(r"<class '(\w+)'>", r"\1", kind)
     return words.get(name, name)
+
+
+COMMANDS = {
+    "train": Command(
+        "Train a model and leave a run folder. Without --config and --data.path: the quickstart on the built-in faces.",
+        _add_train_arguments,
+        _train,
+    )
+}
 
 
 def _set_up_logging(main_process: bool) -> None:
