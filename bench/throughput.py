@@ -32,13 +32,13 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from dist_train import FaceModel, train
-from dist_train.checkpoint import Progress
 from dist_train.cli import train_config
 from dist_train.config import Config
 from dist_train.data.images import load_splits
 from dist_train.optim import build_optimizer
 from dist_train.processes import build_accelerator, default_accelerator
 from dist_train.run import build_loaders, build_model
+from dist_train.state import Progress
 
 CONFIG = Path(__file__).parents[1] / "configs" / "fer2013.yaml"
 

@@ -1,18 +1,20 @@
 """Checkpoints: what changes during a training, saved whole or not at all, rotated, brought back.
 
-A checkpoint is a folder checkpoints/step_<n>/ with model.safetensors (and ema.safetensors) and state.pt: only
-tensors, numbers and strings, so nothing in it is executed. Position and sums are global: a training may go on
-with another number of processes.
+A checkpoint is a folder checkpoints/step_<n>/ with model.safetensors (and ema.safetensors), state.pt (only tensors,
+numbers and strings, so nothing in it is executed), origin.json (what it was made with) and SHA256SUMS. Position and
+sums are global: a training may go on with another number of processes.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -27,77 +29,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dist_train.config import InputError
+from dist_train.files import SUMS, find_fault, remove_folder, seal_folder
+from dist_train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class Stateful(Protocol):
-    """What can be saved and brought back."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-@dataclass
-class Epoch:
-    """One row of history.csv; accuracies in 0..1, losses in nats."""
-
-    epoch: int
-    train_loss: float
-    train_acc: float
-    valid_loss: float
-    valid_acc: float
-    lr: float
-    images_per_second: float
-    seconds: float
-
-
-@dataclass
-class Progress:
-    """Where a training stands: finished epochs, optimizer steps done, the last one's learning rate, the best epoch."""
-
-    step: int = 0
-    rate: float = 0.0
-    epochs: list[Epoch] = field(default_factory=list)
-    best_score: float = float("-inf")
-    best_epoch: int = 0
-
-    @property
-    def epoch(self) -> int:
-        """Number of finished epochs, which is the index of the one under way."""
-        return len(self.epochs)
-
-    def add(self, row: Epoch, score: float) -> None:
-        """Add a finished epoch; the greatest `score` makes it the best."""
-        self.epochs.append(row)
-        if score > self.best_score:
-            self.best_score, self.best_epoch = score, row.epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over `state`."""
-        for name, value in state.items():
-            setattr(self, name, [Epoch(**row) for row in value] if name == "epochs" else value)
-
-
-@dataclass
-class TrainState:
-    """All that changes during a training; `parts` are the rest that has a state dict, by name."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    progress: Progress
-    ema: nn.Module | None = None
-    parts: dict[str, Stateful] = field(default_factory=dict)
-
-
 class Checkpointer:
-    """Saves, rotates and restores the checkpoints of one run folder; all methods are called on all processes."""
+    """Saves, rotates and restores the checkpoints of one run folder; all methods are called on all processes.
+
+    A save copies the state and returns; one thread of the main process writes the copies, in order. What cannot be
+    written (a full disk) is a warning: the training goes on, earlier checkpoints stay, the next save tries again.
+    """
 
     def __init__(
         self,
@@ -108,12 +53,17 @@ class Checkpointer:
         every_epochs: int = 1,
         every_steps: int | None = None,
         resume_from: Path | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self.best = run_dir / "best"
         self.accelerator = accelerator
         self.keep, self.every_epochs, self.every_steps = keep, every_epochs, every_steps
         self.resume_from = resume_from
+        self.origin = dict(origin or {})
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writes: list[Future[None]] = []
+        self._owed_best: Callable[[], None] | None = None
 
     def after_step(self, state: TrainState) -> None:
         """Save if every_steps says so."""
@@ -124,56 +74,43 @@ class Checkpointer:
         """Save the best model if this epoch is the best, and a checkpoint if every_epochs says so."""
         progress = state.progress
         if progress.best_epoch == progress.epoch:
-            self.save_best(state)
+            self._save_best(state)
+        elif self._owed_best:
+            self._write_soon("best/", self._owed_best)
         if last or progress.epoch % self.every_epochs == 0:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Write checkpoints/step_<n>/ aside, rename it into place, then delete those beyond `keep`."""
-        model, optimizer = _full_state(state)
+        """Save checkpoints/step_<n>/, then delete those beyond `keep`."""
+        model, optimizer = get_state_dict(state.model, state.optimizer, options=FULL_STATE)
         rest = {
             "optimizer": optimizer,
             "progress": state.progress.state_dict(),
             "parts": {name: part.state_dict() for name, part in state.parts.items()},
         }
         if self.accelerator.is_main_process:
-            target = self.folder / f"step_{state.progress.step:08d}"
-            aside = self.folder / f".{target.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            safetensors.torch.save_file(model, aside / "model.safetensors")
+            tensors = {"model.safetensors": _copied(model)}
             if state.ema is not None:
-                safetensors.torch.save_file(_contiguous(state.ema.state_dict()), aside / "ema.safetensors")
-            torch.save(rest, aside / "state.pt")
-            if target.exists():
-                target.rename(self.folder / f".old_{target.name}")
-            aside.rename(target)
-            shutil.rmtree(self.folder / f".old_{target.name}", ignore_errors=True)
-            for old in list_checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+                tensors["ema.safetensors"] = _copied(state.ema.state_dict())
+            rest, name = copy.deepcopy(rest), f"step_{state.progress.step:08d}"
+            self._write_soon(f"checkpoint {name}", lambda: self._write(name, tensors, rest))
 
-    def save_best(self, state: TrainState) -> None:
-        """Write best/: the averaged weights if there are any, else the model's own."""
-        model = _contiguous(get_model_state_dict(state.model, options=FULL_STATE))
-        if self.accelerator.is_main_process:
-            unwrapped: Any = self.accelerator.unwrap_model(state.model)
-            unwrapped.save(self.best, model if state.ema is None else _contiguous(state.ema.state_dict()))
+    def flush(self) -> None:
+        """Wait until all that was saved is on the disk."""
+        while self._writes:
+            self._writes.pop(0).result()
 
-    def restore(self, state: TrainState) -> bool:
-        """Bring `state` back from `resume_from`; return whether there was anything to bring back.
+    def restore(self, state: TrainState) -> None:
+        """Bring `state` back from `resume_from`, if there is one.
 
         Raises InputError if the checkpoint cannot be read or was made by another model or optimizer.
         """
         if self.resume_from is None:
-            return False
+            return
         try:
             model: dict[str, Any] = safetensors.torch.load_file(self.resume_from / "model.safetensors")
             rest = torch.load(self.resume_from / "state.pt", map_location="cpu", weights_only=True)
             ema = safetensors.torch.load_file(self.resume_from / "ema.safetensors") if state.ema is not None else {}
-        except Exception as error:  # a damaged file can make either reader fail in any way
-            raise InputError(f"resume: {self.resume_from} cannot be read ({_first_line(error)})") from error
-        try:
             set_state_dict(
                 state.model,
                 state.optimizer,
@@ -186,64 +123,135 @@ class Checkpointer:
             state.progress.load_state_dict(rest["progress"])
             for name, part in state.parts.items():
                 part.load_state_dict(rest["parts"][name])
-        except (RuntimeError, KeyError, ValueError) as error:
+        except Exception as error:  # what does not fit can fail in any way
             raise InputError(
-                f"resume: {self.resume_from} is of another model, optimizer or setting ({_first_line(error)})"
+                f"resume: {self.resume_from} is not of this model, optimizer and settings ({_first_line(error)})"
             ) from error
         if not self.best.is_dir():  # resumed in another folder: its best is yet to come
             state.progress.best_score, state.progress.best_epoch = float("-inf"), state.progress.epoch
         logger.info("resumed from %s: step %d, epoch %d", self.resume_from, state.progress.step, state.progress.epoch)
-        return True
+
+    def _save_best(self, state: TrainState) -> None:
+        """Save best/: the averaged weights if there are any, else the model's own."""
+        model = get_model_state_dict(state.model, options=FULL_STATE)
+        if self.accelerator.is_main_process:
+            tensors = _copied(model if state.ema is None else state.ema.state_dict())
+            unwrapped: Any = self.accelerator.unwrap_model(state.model)
+            self._owed_best = lambda: unwrapped.save(self.best, tensors)
+            self._write_soon("best/", self._owed_best)
+
+    def _write_soon(self, what: str, write: Callable[[], None]) -> None:
+        """Hand a write to the thread; wait for older ones first, so that at most two copies are held."""
+
+        def attempt() -> None:
+            try:
+                write()
+                self._owed_best = None if write is self._owed_best else self._owed_best
+            except Exception as error:  # a full disk shows in many ways: OSError, SafetensorError, RuntimeError
+                logger.warning(
+                    "%s cannot be saved (%s); the training goes on, what was saved before is kept, and the next save "
+                    "tries again",
+                    what,
+                    _first_line(error),
+                )
+
+        while len(self._writes) > 1:
+            self._writes.pop(0).result()
+        self._writes.append(self._writer.submit(attempt))
+
+    def _write(self, name: str, tensors: dict[str, dict[str, torch.Tensor]], rest: dict[str, Any]) -> None:
+        aside = self.folder / f".{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir(parents=True)
+            for file, values in tensors.items():
+                safetensors.torch.save_file(values, aside / file)
+            torch.save(rest, aside / "state.pt")
+            (aside / "origin.json").write_text(json.dumps(self.origin, indent=2) + "\n")
+            seal_folder(aside, self.folder / name)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            remove_folder(old)
 
 
-def _full_state(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the whole model and optimizer state by parameter names, however they are wrapped or sharded."""
-    model, optimizer = get_state_dict(state.model, state.optimizer, options=FULL_STATE)
-    return _contiguous(model), optimizer
-
-
-def _contiguous(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _copied(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return (str(error) or type(error).__name__).strip().split("\n")[0]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(
-        path
-        for path in folder.glob("step_*")
-        if (path / "state.pt").is_file() and (path / "model.safetensors").is_file()
-    )
+    """Return the checkpoints in `folder`, oldest first; they may be damaged."""
+    return sorted(path for path in folder.glob("step_*") if (path / SUMS).is_file())
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """Return the checkpoint that `resume` (auto, never or a path) names, or None to start anew."""
+    """Return the whole checkpoint that `resume` (auto, never or a path) names, or None to start anew.
+
+    auto: the newest whole one; damaged ones are named in a warning. Raises InputError if none is whole.
+    """
     if resume == "never":
         return None
+    folder = run_dir / "checkpoints"
     if resume == "auto":
-        found = list_checkpoints(run_dir / "checkpoints")
-        return found[-1] if found else None
+        found = [path for path in folder.glob("step_*") if path.is_dir()] if folder.is_dir() else []
+        for path in sorted(found, reverse=True):
+            if not (fault := find_fault(path)):
+                return path
+            logger.warning("resume: %s is skipped, it is not whole: %s", path, fault)
+        if found:
+            raise InputError(f"resume: no checkpoint in {folder} is whole; start anew in another run_dir")
+        return None
     path = Path(resume)
-    if not (path / "state.pt").is_file():
+    if not (path / SUMS).is_file():
         raise InputError(f"resume: {path} is not a checkpoint folder; expected auto, never or .../checkpoints/step_N")
+    if fault := find_fault(path):
+        raise InputError(f"resume: {path} is not whole: {fault}; name another, or use --resume auto")
     newer = [other.name for other in list_checkpoints(path.parent) if other.name > path.name]
-    if newer and path.parent.resolve() == (run_dir / "checkpoints").resolve():
+    if newer and path.parent.resolve() == folder.resolve():
         raise InputError(
             f"resume: {run_dir} has newer checkpoints than {path.name} ({newer[-1]}); name another run_dir"
         )
     return path
 
 
-def check_checkpoint(path: Path, model: nn.Module) -> None:
-    """Raise InputError if the checkpoint's weights are not those of `model`, without reading them all."""
-    try:
-        with safetensors.safe_open(path / "model.safetensors", framework="pt") as file:
-            saved = {key: list(file.get_slice(key).get_shape()) for key in list(file.keys())}
-    except Exception as error:  # a damaged file can make the reader fail in any way
-        raise InputError(f"resume: {path} cannot be read ({_first_line(error)})") from error
+def set_aside_damaged(checkpoint: Path | None, run_dir: Path) -> None:
+    """Rename what find_checkpoint skipped, so that rotation does not take it for newer; delete unfinished writes."""
+    folder = run_dir / "checkpoints"
+    for path in folder.glob(".*step_*"):
+        shutil.rmtree(path)
+    for path in folder.glob("step_*"):
+        if checkpoint is not None and path.name > checkpoint.name:
+            path.rename(folder / f"damaged_{path.name}_{path.stat().st_mtime_ns}")
+
+
+def check_checkpoint(path: Path, model: nn.Module, origin: Mapping[str, Any], changed: bool) -> None:
+    """Raise InputError if the checkpoint's weights are not those of `model`, or if it has another origin.
+
+    origin: what decides a training's course, by key; changed: let it differ.
+    """
+    made_with = json.loads((path / "origin.json").read_text())
+    other = [key for key in origin if made_with.get(key) != origin[key]]
+    if other and not changed:
+        key = other[0]
+        raise InputError(
+            f"resume: {key} is {_shown(origin[key])}, but {path} was made with {_shown(made_with.get(key))}; "
+            "put it back, start a new run, or go on with resume_changed: true"
+        )
+    with safetensors.safe_open(path / "model.safetensors", framework="pt") as file:
+        saved = {key: list(file.get_slice(key).get_shape()) for key in list(file.keys())}
     own = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-    if other := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
-        raise InputError(f"resume: {path} is of another model; {len(other)} weights differ, the first is {other[0]}")
+    if differing := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
+        raise InputError(
+            f"resume: {path} is of another model; {len(differing)} weights differ, the first is {differing[0]}"
+        )
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)

@@ -1,6 +1,7 @@
 """The command line: parses, calls, reports; no logic.
 
-Exit codes: 0 done; 1 failure; 2 bad input, told in one line on stderr.
+Exit codes: 0 done; 1 failure; 2 bad input, told in one line on stderr; 75 stopped by a signal after saving,
+resumable.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from dist_train.config import Config, InputError, nearest
+from dist_train.faults import Interrupted, TrainingError
 
 
 class Command(NamedTuple):
@@ -44,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if main_process:  # every process of a machine finds the same fault
             print(f"dist-train: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        if main_process:
+            print(f"dist-train: {error}", file=sys.stderr)
+        return 75
+    except TrainingError as error:
+        print(f"dist-train: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def parse(arguments: list[str]) -> tuple[str, Namespace]:

@@ -153,9 +153,11 @@ class TrainConfig:
     """Stop after this many epochs without a better validation figure (save.best_on); null: never."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, if the epochs do not end sooner."""
+    max_bad_steps: int = 3
+    """Give up after this many steps in a row whose loss is not finite; such steps change no weights."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation"):
+        for name in ("epochs", "batch_size", "gradient_accumulation", "max_bad_steps"):
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
         for name in ("patience", "max_steps"):
             value = getattr(self, name)
@@ -246,6 +248,8 @@ class Config:
     """Folder that this training leaves; null: runs/ and the time of the start."""
     resume: str = "never"
     """never; auto: go on from the run folder's newest checkpoint, if there is one; or a checkpoint's path."""
+    resume_changed: bool = False
+    """Resume although data or settings differ from the checkpoint's; the optimizer keeps the checkpoint's."""
 
     def __post_init__(self) -> None:
         _require("run_dir", self.run_dir, self.run_dir is None or bool(self.run_dir.strip()), "a folder")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
-from torch import nn
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
@@ -14,6 +19,19 @@ from dist_train.config import InputError
 from dist_train.data.loader import ImageLoader
 from dist_train.metrics import Results, Sums
 from dist_train.processes import default_accelerator
+
+
+@contextmanager
+def judging(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode, without gradients; give each of its modules its mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:  # model.train() would wake modules that are kept in eval mode
+            module.training = mode
 
 
 def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) -> DataLoader | ImageLoader:
@@ -33,6 +51,13 @@ def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) ->
     )
 
 
+def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a loader's batch; InputError for what is not a pair of them."""
+    if not isinstance(batch, Sequence) or len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch[:2]):
+        raise InputError(f"the loader gives batches of type {type(batch).__name__}; expected tensors (images, labels)")
+    return batch[0], batch[1]
+
+
 def evaluate(model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator: Accelerator | None = None) -> Results:
     """Return the figures of `model` over all samples of `loader`, each counted once for any number of processes.
 
@@ -41,25 +66,25 @@ def evaluate(model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator:
     """
     accelerator = accelerator or default_accelerator()
     model = accelerator.unwrap_model(model, keep_torch_compile=True).to(accelerator.device)
-    training = model.training
-    model.eval()
+    sharded = accelerator.distributed_type == DistributedType.FSDP  # then every process must run every batch
+    if sharded and not isinstance(loader, ImageLoader) and accelerator.num_processes > 1:
+        raise InputError("validation: with FSDP an ordinary DataLoader may leave processes waiting; use an ImageLoader")
     sums = None
-    with torch.inference_mode():
+    with judging(model):
         for batch in tqdm(
             shard_exactly(loader, accelerator),
             "validation",
             leave=False,
             disable=None if accelerator.is_main_process else True,
         ):
-            images, labels = batch[0], batch[1]
-            if not len(labels):
+            images, labels = split_batch(batch)
+            if not len(labels) and not sharded:
                 continue
             with accelerator.autocast():
                 logits = model(images)
             logits = logits.float()
             sums = sums or Sums(logits.shape[1], accelerator.device)
             sums.update(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
-    model.train(training)
     # with fewer samples than processes one may have seen none, and not know the number of classes
     classes = accelerator.gather(torch.tensor([sums.num_classes if sums else 0], device=accelerator.device))
     if not classes.any():

@@ -99,8 +99,8 @@ class Meter:
 
     def look(self) -> tuple[Results, Results, float]:
         """Return (epoch so far, since the last look, images per second since then); a collective call."""
-        assert self.sums is not None, "no batch yet"
-        total, now = self.sums.reduce(self.accelerator), time.perf_counter()
+        nothing = Results(0.0, torch.zeros(1, 1, dtype=torch.int64))
+        total, now = self.sums.reduce(self.accelerator) if self.sums else nothing, time.perf_counter()
         recent = total - self.seen if self.seen else total
         speed = recent.count / (now - self._looked)
         self.seen, self._looked = total, now

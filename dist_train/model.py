@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from dist_train.config import CLASSES, InputError, nearest
+from dist_train.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +94,8 @@ class FaceModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in (state or self.state_dict()).items()}
         settings = {**self.settings, "classes": self.classes}
-        for name, write in {
-            "model.safetensors": lambda path: safetensors.torch.save_file(tensors, path),
-            "config.json": lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"),
-        }.items():
-            aside = folder / f".{name}"
-            write(aside)
-            aside.replace(folder / name)
+        write_file(folder / "model.safetensors", lambda file: safetensors.torch.save_file(tensors, file))
+        write_file(folder / "config.json", lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
 
 
 def load_run(run_dir: str | os.PathLike[str]) -> FaceModel:

@@ -116,18 +116,12 @@ def _keep_freed_memory() -> None:
 
 def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run `function` on the main process only; return its result, or raise its InputError, on all."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [function(*arguments), None]
-        except InputError as error:
-            outcome = [None, str(error)]
-        except OSError as error:
-            outcome = [None, f"{error.filename}: {error.strerror}"]
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise InputError(outcome[1])
-    return outcome[0]
+    outcome = _attempt(function, arguments) if accelerator.is_main_process else (None, None)
+    shared = [outcome]
+    broadcast_object_list(shared)
+    if shared[0][1] is not None:
+        raise InputError(shared[0][1])
+    return shared[0][0]
 
 
 def local_main_first(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -136,10 +130,17 @@ def local_main_first(accelerator: Accelerator, function: Callable[..., Any], *ar
     for turn in (True, False):
         fault = None
         if accelerator.is_local_main_process == turn:
-            try:
-                result = function(*arguments)
-            except InputError as error:
-                fault = str(error)
+            result, fault = _attempt(function, arguments)
         if faults := [found for found in gather_object([fault]) if found]:
             raise InputError(faults[0])
     return result
+
+
+def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:
+    """Return (result, None) or, of bad input and files that cannot be used, (None, what is wrong)."""
+    try:
+        return function(*arguments), None
+    except InputError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename}: {error.strerror}" if error.filename else str(error)

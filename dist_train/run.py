@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -27,15 +28,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.layers import convert_sync_batchnorm
 
-from dist_train.checkpoint import Checkpointer, Progress, check_checkpoint, find_checkpoint
+from dist_train.checkpoint import Checkpointer, check_checkpoint, find_checkpoint, set_aside_damaged
 from dist_train.config import Config, InputError
 from dist_train.data.images import ImageSet, load_splits
 from dist_train.data.loader import ImageLoader
+from dist_train.faults import Interrupted, TrainingError, Watch
 from dist_train.figures import plot_confusion, plot_history, view_results
+from dist_train.files import write_file
 from dist_train.model import FaceModel, load_run
 from dist_train.optim import build_optimizer, build_schedule
 from dist_train.processes import build_accelerator, local_main_first, on_main
-from dist_train.tracking import Tracker, check_tracker
+from dist_train.state import Progress
+from dist_train.tracking import Tracker, check_tracker, tracker_kind
 from dist_train.training import History, train
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,24 @@ OWN_FILES = (
     "tensorboard",
 )
 LISTED_MISTAKES = 64
+ORIGIN = (
+    "data.image_size",
+    "data.augment",
+    "model.backbone",
+    "model.in_channels",
+    "train.batch_size",
+    "train.seed",
+    "train.ema",
+    "train.label_smoothing",
+    "train.mixup",
+    "train.clip_grad",
+    "optim.name",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.schedule",
+    "optim.warmup_epochs",
+    "save.best_on",
+)
 PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
 MISTAKE_COLUMNS = ["image", "name", "real", "predicted", "confidence"]
 
@@ -69,16 +91,15 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
     splits = local_main_first(accelerator, load_splits, config.data)
     set_seed(config.train.seed)
     model = local_main_first(accelerator, build_model, config, splits[0])
+    origin = on_main(accelerator, _origin, config, splits)
     if checkpoint:
-        check_checkpoint(checkpoint, model)
+        on_main(accelerator, check_checkpoint, checkpoint, model, origin, config.resume_changed)
     trainloader, validloader = build_loaders(config, splits, accelerator)
     optimizer = build_optimizer(model, config.optim)
     steps = min(config.train.epochs * len(trainloader), config.train.max_steps or 10**12)
     scheduler = build_schedule(optimizer, config.optim, len(trainloader), steps)
 
-    on_main(accelerator, _start_run_dir, run_dir, config, overwrite)
-    run_id = on_main(accelerator, _run_id, run_dir, checkpoint is not None)
-    tracker = Tracker(accelerator, config.track, run_dir, asdict(config), run_id)
+    run_id = on_main(accelerator, _start_run_dir, run_dir, config, checkpoint, overwrite)
     progress = Progress()
     checkpointer = Checkpointer(
         run_dir,
@@ -87,37 +108,52 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
         every_epochs=config.save.every_epochs,
         every_steps=config.save.every_steps,
         resume_from=checkpoint,
+        origin=origin,
     )
-    try:
-        history = train(
-            model,
-            trainloader,
-            validloader,
-            optimizer,
-            config.train.epochs,
-            accelerator=accelerator,
-            scheduler=scheduler,
-            gradient_accumulation=config.train.gradient_accumulation,
-            label_smoothing=config.train.label_smoothing,
-            clip_grad=config.train.clip_grad,
-            ema=config.train.ema,
-            patience=config.train.patience,
-            max_steps=config.train.max_steps,
-            best_on=config.save.best_on,
-            seed=config.train.seed,
-            log_every=config.track.log_every,
-            tracker=tracker,
-            checkpointer=checkpointer,
-            progress=progress,
-        )
-        tracker.step = progress.step
-        if accelerator.is_main_process:
-            _write_summary(run_dir, progress, tracker.run_id, accelerator)
-            _leave_pictures(run_dir, history, splits[1], tracker, accelerator)
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
-    tracker.finish()
+    watch = Watch(accelerator, checkpointer, max_bad_steps=config.train.max_bad_steps, names=splits[0].names)
+    tracker = Tracker(accelerator, config.track, run_dir, asdict(config), run_id)
+    with watch.signals():
+        try:
+            history = train(
+                model,
+                trainloader,
+                validloader,
+                optimizer,
+                config.train.epochs,
+                accelerator=accelerator,
+                scheduler=scheduler,
+                gradient_accumulation=config.train.gradient_accumulation,
+                label_smoothing=config.train.label_smoothing,
+                clip_grad=config.train.clip_grad,
+                ema=config.train.ema,
+                patience=config.train.patience,
+                max_steps=config.train.max_steps,
+                best_on=config.save.best_on,
+                seed=config.train.seed,
+                log_every=config.track.log_every,
+                tracker=tracker,
+                checkpointer=checkpointer,
+                watch=watch,
+                progress=progress,
+            )
+            checkpointer.flush()
+            if accelerator.is_main_process:
+                _write_summary(run_dir, progress, run_id, accelerator)
+                _leave_pictures(run_dir, history, splits[1], tracker, accelerator)
+            tracker.finish()
+        except Interrupted:
+            tracker.finish(failed=True)
+            accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has left
+            raise
+        except RuntimeError as error:
+            raise watch.explain(error) or error from error
+        except OSError as error:
+            raise TrainingError(
+                f"{run_dir} cannot be written ({error}); mend it and go on with --resume auto"
+            ) from error
+        finally:
+            checkpointer.flush()
+            tracker.finish(failed=True)
     return run_dir
 
 
@@ -173,13 +209,15 @@ def build_loaders(
 
 def _choose_run_dir(config: Config, overwrite: bool) -> tuple[Path, Path | None]:
     """Return the run folder and the checkpoint to resume from; refuse a folder that is in use."""
-    run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run_dir: {run_dir} is a file; name a folder")
     checkpoint = find_checkpoint(run_dir, config.resume)
     used = run_dir.is_dir() and any(run_dir.iterdir())
     if overwrite and checkpoint:
         raise InputError(f"resume: {config.resume} and --overwrite exclude each other")
+    if links := [name for name in OWN_FILES if (run_dir / name).is_symlink()]:
+        raise InputError(f"run_dir: {run_dir / links[0]} is a link; a run writes only into its own folder")
     if overwrite and used and not (run_dir / "config.yaml").is_file():
         raise InputError(f"run_dir: {run_dir} is not a run folder (no config.yaml), so --overwrite will not delete it")
     if used and not overwrite and config.resume == "never":
@@ -194,22 +232,32 @@ def _choose_run_dir(config: Config, overwrite: bool) -> tuple[Path, Path | None]
     return run_dir, checkpoint
 
 
-def _start_run_dir(run_dir: Path, config: Config, overwrite: bool) -> None:
+def _start_run_dir(run_dir: Path, config: Config, checkpoint: Path | None, overwrite: bool) -> str | None:
+    """Make the folder ready for this training and return the id of its W&B run, if it has one."""
     for old in [run_dir / name for name in OWN_FILES if overwrite]:  # nothing of anybody else's
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-
-
-def _run_id(run_dir: Path, resumed: bool) -> str:
-    """Return the id of the W&B run that a resumed training began here, or a new one."""
+    set_aside_damaged(checkpoint, run_dir)
+    text = yaml.safe_dump(asdict(config), sort_keys=False)
+    write_file(run_dir / "config.yaml", lambda file: file.write_text(text))
+    if tracker_kind(config.track) != "wandb":
+        return None
     file = run_dir / "wandb" / "run_id"
-    if resumed and file.is_file():
-        return file.read_text().strip()
+    if file.is_file() and re.fullmatch("[0-9a-f]{8}", run_id := file.read_text().strip()):
+        return run_id
     file.parent.mkdir(exist_ok=True)
     run_id = secrets.token_hex(4)
     file.write_text(run_id + "\n")
     return run_id
+
+
+def _origin(config: Config, splits: tuple[ImageSet, ImageSet]) -> dict[str, Any]:
+    """Return what decides a training's course, by key: what a resumed one must share with its checkpoint."""
+    settings = {f"{part}.{key}": value for part, values in asdict(config).items() if isinstance(values, dict)
+                for key, value in values.items()}  # fmt: skip
+    return {key: settings[key] for key in ORIGIN} | {
+        f"the {name} data": split.fingerprint() for name, split in zip(("train", "validation"), splits, strict=True)
+    }
 
 
 def _leave_pictures(
@@ -263,7 +311,10 @@ def _pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _write_summary(run_dir: Path, progress: Progress, run_id: str, accelerator: Accelerator) -> None:
+def _write_summary(run_dir: Path, progress: Progress, run_id: str | None, accelerator: Accelerator) -> None:
+    if not progress.epochs:
+        logger.warning("no epoch was finished: there is no summary")
+        return
     last, best = progress.epochs[-1], progress.epochs[progress.best_epoch - 1]
     summary = {
         "best_valid_acc": best.valid_acc,
@@ -280,7 +331,5 @@ def _write_summary(run_dir: Path, progress: Progress, run_id: str, accelerator: 
         "wandb_run_id": run_id,
         "versions": {name: version(name) for name in PACKAGES},
     }
-    aside = run_dir / ".summary.json"
-    aside.write_text(json.dumps(summary, indent=2) + "\n")
-    aside.replace(run_dir / "summary.json")
+    write_file(run_dir / "summary.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
     logger.info("best validation accuracy %.4f in epoch %d; run folder: %s", best.valid_acc, best.epoch, run_dir)

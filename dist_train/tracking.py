@@ -1,6 +1,7 @@
 """The record of a run: history.csv in the run folder, and W&B or TensorBoard through accelerate's trackers.
 
-Only the main process writes. A W&B server that is slow or absent never stops a training: the run goes offline.
+Only the main process writes, in a thread of its own: a W&B server that is slow, absent or broken never holds up a
+training. W&B keeps everything in the run folder as well, so nothing is lost that has not been uploaded.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,16 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import is_tensorboard_available
 
-from dist_train.checkpoint import Epoch
 from dist_train.config import InputError, TrackConfig
+from dist_train.files import write_file
 from dist_train.metrics import Results
+from dist_train.state import Epoch
+from dist_train.wandb_log import last_steps
 
 logger = logging.getLogger(__name__)
 
 INIT_SECONDS = 30
+EXIT_SECONDS = 30
 
 
 def check_tracker(config: TrackConfig) -> None:
@@ -38,25 +44,39 @@ def check_tracker(config: TrackConfig) -> None:
         )
 
 
+def tracker_kind(config: TrackConfig) -> str:
+    """Return wandb, tensorboard or none."""
+    return "none" if config.tool == "wandb" and config.wandb == "disabled" else config.tool
+
+
 class Tracker:
-    """Writes the figures of one training; a resumed one continues its W&B run by `run_id`."""
+    """Writes the figures of one training; a resumed one continues its W&B run by `run_id`.
+
+    What was logged before, up to the step at which it was cut off, is not logged again.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, config: TrackConfig, run_dir: Path, settings: dict[str, Any], run_id: str
+        self, accelerator: Accelerator, config: TrackConfig, run_dir: Path, settings: dict[str, Any], run_id: str | None
     ) -> None:
         self.accelerator, self.run_dir, self.run_id = accelerator, run_dir, run_id
-        self.kind = config.tool if config.wandb != "disabled" or config.tool != "wandb" else "none"
+        self.kind = tracker_kind(config) if accelerator.is_main_process else "none"
         self.step = 0
-        if accelerator.is_main_process and self.kind != "none":
-            start = _start_wandb if self.kind == "wandb" else _start_tensorboard
-            accelerator.trackers = [start(config, run_dir, run_id)]
-            flat = self.kind == "tensorboard"  # its hyperparameters are scalars and strings
-            accelerator.trackers[0].store_init_configuration(_flatten(settings) if flat else settings)
+        self._failed = self._closing = False
+        self._logged = last_steps(run_dir / "wandb") if self.kind == "wandb" else {}
+        self._tracker: GeneralTracker | None = None
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        # a daemon: where W&B hangs, the program ends all the same
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        if self.kind != "none":
+            self._thread.start()
+            self._jobs.put(lambda: self._start(config, settings))
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Log values at an optimizer step."""
+        """Log values at an optimizer step, but those that an earlier part of the run has logged."""
         self.step = step
-        self.accelerator.log({**values, "step": step}, step=step)
+        new = {key: value for key, value in values.items() if step > self._logged.get(key, -1)}
+        if new:
+            self._soon(lambda tracker: tracker.log({**new, "step": step}))
 
     def after_epoch(self, step: int, epochs: Sequence[Epoch], valid: Results) -> None:
         """Log the validation figures and write history.csv."""
@@ -70,44 +90,85 @@ class Tracker:
             step,
         )
         if self.accelerator.is_main_process:
-            write_history(self.run_dir / "history.csv", epochs)
+            try:
+                write_history(self.run_dir / "history.csv", epochs)
+            except OSError as error:
+                logger.warning("history.csv cannot be written (%s); the next epoch tries again", error)
 
     def log_pictures(self, pictures: dict[str, np.ndarray]) -> None:
         """Log pictures, uint8 [H, W, 3] each, by key."""
-        options = {"dataformats": "NHWC"} if self.kind == "tensorboard" else {}
-        for tracker in self.accelerator.trackers:
-            tracker.log_images({key: picture[None] for key, picture in pictures.items()}, step=self.step, **options)
+        options = {"step": self.step, "dataformats": "NHWC"} if self.kind == "tensorboard" else {}
+        batches = {key: picture[None] for key, picture in pictures.items()}
+        self._soon(lambda tracker: tracker.log_images(batches, **options))
 
     def log_table(self, key: str, columns: list[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table to W&B; cells that are arrays, uint8 [H, W] or [H, W, 3], become pictures."""
-        if self.kind == "wandb" and self.accelerator.is_main_process:
+
+        def write(tracker: GeneralTracker) -> None:
             import wandb
 
             data = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
-            self.accelerator.trackers[0].log_table(key, columns=columns, data=data, step=self.step)
+            tracker.log_table(key, columns=columns, data=data)
+
+        if self.kind == "wandb":
+            self._soon(write)
 
     def finish(self, failed: bool = False) -> None:
-        """Close the tracker, as failed or not; say how to upload an offline run."""
-        offline = None
-        if self.kind == "wandb" and self.accelerator.is_main_process:
-            run = self.accelerator.trackers[0].tracker
-            offline = Path(run.dir).parent if run.settings._offline else None
-            run.finish(exit_code=int(failed))
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.trackers = []
-        if offline:
-            logger.info("W&B run kept offline; upload it with: wandb sync %s", offline)
+        """Close the tracker, as failed or not, within EXIT_SECONDS; say how to upload what has not been."""
+        if not self._thread.is_alive() or self._closing:
+            return
+        self._closing = True
+        self._jobs.put(lambda: self._close(failed))
+        self._jobs.put(None)
+        self._thread.join(EXIT_SECONDS)
+        if self.kind == "wandb" and (self._thread.is_alive() or self._failed or self._offline()):
+            for folder in sorted((self.run_dir / "wandb").glob("*run-*"))[-1:]:
+                logger.info("W&B run kept offline; upload it with: wandb sync %s", folder)
+        if self._thread.is_alive():
+            logger.warning("W&B did not end within %d s and is left behind", EXIT_SECONDS)
+
+    def _soon(self, job: Callable[[GeneralTracker], None]) -> None:
+        if self.kind != "none":
+            self._jobs.put(lambda: job(self._tracker) if self._tracker else None)
+
+    def _work(self) -> None:
+        """Do the jobs in order; whatever ails the tracker, the training goes on."""
+        while job := self._jobs.get():
+            try:
+                job()
+            except Exception as error:
+                if not self._failed:
+                    logger.warning("%s fails (%s); the training goes on", self.kind, str(error).split("\n")[0])
+                self._failed = True
+
+    def _start(self, config: TrackConfig, settings: dict[str, Any]) -> None:
+        if self.kind == "wandb":
+            self._tracker = _start_wandb(config, self.run_dir, self.run_id)
+            self._tracker.store_init_configuration(settings)
+        else:
+            self._tracker = _start_tensorboard(self.run_dir)
+            self._tracker.store_init_configuration(_flatten(settings))  # its hyperparameters are scalars and strings
+
+    def _offline(self) -> bool:
+        return bool(self._tracker and self._tracker.tracker.settings._offline)
+
+    def _close(self, failed: bool) -> None:
+        if self.kind == "wandb" and self._tracker:
+            self._tracker.tracker.finish(exit_code=int(failed))
+        elif self._tracker:
+            self._tracker.finish()
 
 
 def write_history(file: Path, epochs: Sequence[Epoch]) -> None:
     """Write one row per epoch."""
-    aside = file.with_suffix(".tmp")
-    with aside.open("w", newline="") as out:
-        writer = csv.DictWriter(out, [column.name for column in fields(Epoch)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in epochs)
-    aside.replace(file)
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="") as out:
+            writer = csv.DictWriter(out, [column.name for column in fields(Epoch)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in epochs)
+
+    write_file(file, write)
 
 
 def _has_wandb_login() -> bool:
@@ -122,7 +183,7 @@ def _wandb_mode(config: TrackConfig) -> str:
     return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_login() else "offline")
 
 
-def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str) -> GeneralTracker:
+def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str | None) -> GeneralTracker:
     import wandb
     from accelerate.tracking import WandBTracker
 
@@ -133,10 +194,11 @@ def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str) -> GeneralTrac
         "dir": str(run_dir),
         "id": run_id,
         "resume": "allow",
-        "settings": wandb.Settings(init_timeout=INIT_SECONDS),
+        "settings": wandb.Settings(
+            init_timeout=INIT_SECONDS, finish_timeout=EXIT_SECONDS - 5, finish_timeout_raises=True
+        ),
     }
-    mode = _wandb_mode(config)
-    tracker = WandBTracker(config.project, mode=mode, **options)
+    tracker = WandBTracker(config.project, mode=_wandb_mode(config), **options)
     try:
         tracker.start()
     except Exception as error:  # whatever ails W&B, the training goes on
@@ -158,7 +220,7 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _start_tensorboard(config: TrackConfig, run_dir: Path, run_id: str) -> GeneralTracker:
+def _start_tensorboard(run_dir: Path) -> GeneralTracker:
     from accelerate.tracking import TensorBoardTracker
 
     tracker = TensorBoardTracker("tensorboard", logging_dir=run_dir)

@@ -21,11 +21,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dist_train.checkpoint import Checkpointer, Epoch, Progress, TrainState
+from dist_train.checkpoint import Checkpointer
+from dist_train.config import InputError
 from dist_train.data.loader import Batch, ImageLoader
-from dist_train.evaluation import evaluate, shard_exactly
+from dist_train.evaluation import evaluate, shard_exactly, split_batch
+from dist_train.faults import Watch
 from dist_train.metrics import Meter, Results
 from dist_train.processes import default_accelerator
+from dist_train.state import Epoch, Progress, TrainState
 from dist_train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ def train(
     log_every: int = 20,
     tracker: Tracker | None = None,
     checkpointer: Checkpointer | None = None,
+    watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> History:
     """Train `model` and return (train_loss, train_acc, valid_loss, valid_acc), one value per epoch.
@@ -69,20 +73,25 @@ def train(
     batch with samples from its first; validation counts every sample once.
 
     scheduler: stepped once after every optimizer step. gradient_accumulation: parts that a batch is computed in.
-    ema: decay of an average of the weights, which is what is then validated. patience: epochs without a better
+    ema: decay of an average of the weights, which is what is then validated; it rises to that value in the first
+    steps (timm's warm-up). patience: epochs without a better
     `best_on` (accuracy, macro_f1 or loss of validation) after which training stops. seed: makes dropout and
-    the like a function of seed, step and process. progress: is kept up to date with where the training stands.
+    the like a function of seed, step and process. watch: may end the training early, by an exception. progress:
+    is kept up to date with where the training stands.
 
     The model is trained in place and ends with its last weights (not the average, which `checkpointer` saves).
     """
     accelerator = accelerator or default_accelerator()
+    if accelerator.gradient_accumulation_steps > 1:
+        raise InputError("accelerator: made with gradient_accumulation_steps; give gradient_accumulation to train()")
     averaged = ModelEmaV3(model, ema, use_warmup=True).to(accelerator.device) if ema else None
     model, optimizer = accelerator.prepare(model, optimizer)
     batches = trainloader if isinstance(trainloader, ImageLoader) else _DataLoaderBatches(trainloader, accelerator)
     validloader = shard_exactly(validloader, accelerator)
     progress, meter = progress or Progress(), Meter(accelerator)
     state = TrainState(model, getattr(optimizer, "optimizer", optimizer), progress, averaged and averaged.module)
-    state.parts = {"batches": batches, "meter": meter}
+    if isinstance(batches, ImageLoader):  # an ordinary DataLoader has no position: its epoch begins anew
+        state.parts = {"batches": batches, "meter": meter}
     state.parts |= {"scheduler": scheduler} if scheduler else {}
     state.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
     if checkpointer:
@@ -95,28 +104,39 @@ def train(
         with _progress_bar(batches, progress.epoch, num_epochs, accelerator) as bar:
             for batch in bar:
                 _seed_step(seed, progress.step, accelerator.process_index)
+                outputs = []
+                if watch:
+                    watch.before_step(model)
                 for images, labels, last in _micro_batches(batch, gradient_accumulation):
                     with nullcontext() if last else accelerator.no_sync(model):
                         logits = model(images)
                         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+                        if watch:
+                            watch.see(loss)
                         accelerator.backward(loss * batch.scale)
-                    meter.update(loss, logits, labels)
+                    outputs.append((loss, logits, labels))
+                finite = watch.agree() if watch else True
                 progress.step += 1
                 logs = progress.step % log_every == 0
                 norm = _gradient_norm(model, clip_grad, accelerator) if logs or clip_grad else None
                 progress.rate = optimizer.param_groups[0]["lr"]
-                optimizer.step()
+                for output in outputs if finite else ():
+                    meter.update(*output)
+                if finite or accelerator.scaler:  # a scaler skips the step by itself, and learns from it
+                    optimizer.step()
+                    if scheduler and not accelerator.optimizer_step_was_skipped:
+                        scheduler.step()
+                    if averaged:
+                        averaged.update(accelerator.unwrap_model(model), progress.step)
                 optimizer.zero_grad()
-                if scheduler and not accelerator.optimizer_step_was_skipped:
-                    scheduler.step()
-                if averaged:
-                    averaged.update(accelerator.unwrap_model(model), progress.step)
                 if logs:
                     _log_step(meter, norm, progress, tracker, bar)
-                if checkpointer:
-                    checkpointer.after_step(state)
                 if progress.step == max_steps:
                     break
+                if checkpointer:
+                    checkpointer.after_step(state)
+                if watch:
+                    watch.after_step(state, batch)
             trained, speed = meter.end_epoch()
             valid = _validate(state, validloader, accelerator)
             bar.set_postfix(_shown(trained) | {f"valid_{name}": text for name, text in _shown(valid).items()})
@@ -136,6 +156,8 @@ def train(
             tracker.after_epoch(progress.step, progress.epochs, valid)
         if checkpointer:
             checkpointer.after_epoch(state, last=_finished(progress, num_epochs, max_steps, patience))
+    for held, own in ((accelerator._models, model), (accelerator._optimizers, optimizer)):
+        held[:] = [item for item in held if item is not own]  # a next training with this Accelerator must not meet them
     rows = progress.epochs
     return History(
         [row.train_loss for row in rows],
@@ -146,7 +168,7 @@ def train(
 
 
 class _DataLoaderBatches:
-    """An ordinary DataLoader, sharded by accelerate, in the form of an ImageLoader."""
+    """An ordinary DataLoader, sharded by accelerate, in the form of an ImageLoader without a position."""
 
     def __init__(self, loader: DataLoader, accelerator: Accelerator) -> None:
         self.loader = accelerator.prepare(loader)
@@ -156,26 +178,19 @@ class _DataLoaderBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
-            yield Batch(batch[0], batch[1], 1 / len(batch[1]))
+            images, labels = split_batch(batch)
+            yield Batch(images, labels, 1 / len(labels), len(labels), torch.arange(0), 0)
 
     def set_epoch(self, epoch: int) -> None:
         self.loader.set_epoch(epoch)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the epoch anew: an ordinary DataLoader has no position."""
-
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Yield up to `count` parts (images, labels, whether it is the last) of a batch, as many on every process."""
-    count = max(
-        1, min(count, int(1 / batch.scale + 1e-6))
-    )  # 1 / scale is the mean share: none is smaller, rounded down
-    parts = list(zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True))
+    count = max(1, min(count, batch.parts))
+    parts = zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True)
     for number, (images, labels) in enumerate(parts, start=1):
-        yield images, labels, number == len(parts)
+        yield images, labels, number == count
 
 
 def _finished(progress: Progress, num_epochs: int, max_steps: int | None, patience: int | None) -> bool:

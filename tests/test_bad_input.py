@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ FILES = {
     "type.yaml": "train:\n  epochs: many\n",
     "bare_no.yaml": "train:\n  precision: no\n",
     "code.yaml": "!!python/object/apply:os.system ['touch hacked']\n",
+    "class.yaml": "data:\n  class_path: os.system\n  init_args: {}\n",
     "notes.txt": "not a csv\n",
     "short.csv": "emotion,pixels\n0,1 2 3\n",
 }
@@ -77,6 +79,8 @@ CASES = {
     "sync batchnorm on a CPU": (["train", *SYNTHETIC, "--train.sync_batchnorm", "true"], ["train.sync_batchnorm"]),
     "run folder in use": (["train", *SYNTHETIC, "--run_dir", "used"], ["run_dir", "used", "--overwrite"]),
     "overwrite no run": (["train", *SYNTHETIC, "--run_dir", "used", "--overwrite"], ["used", "not a run folder"]),
+    "run folder with a link": (["train", *SYNTHETIC, "--run_dir", "linked", "--overwrite"], ["linked", "is a link"]),
+    "class_path in YAML": (["train", "--config", "class.yaml"], ["class.yaml", "data.class_path", "no such key"]),
     "run folder is a file": (["train", *SYNTHETIC, "--run_dir", "notes.txt"], ["run_dir", "notes.txt", "file"]),
     "no such checkpoint": (["train", *SYNTHETIC, "--resume", "gone"], ["resume", "gone", "auto, never"]),
     "W&B online without login": (["train", *SYNTHETIC, "--track.wandb", "online"], ["track.wandb", "wandb login"]),
@@ -101,6 +105,9 @@ def place(tmp_path, monkeypatch, draw_folder) -> Path:
     (tmp_path / "photos.zip").write_bytes(bytes(range(256)) * 4)
     (tmp_path / "used").mkdir()
     (tmp_path / "used/thesis.txt").write_text("years of work")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/config.yaml").touch()
+    (tmp_path / "linked/checkpoints").symlink_to(tmp_path / "used")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -157,9 +164,19 @@ def test_printed_config_is_a_config(capsys, tmp_path):
 
 
 def test_help_shows_type_default_and_a_line_for_every_key(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Images per optimizer step over all processes" in text
-    assert "(type: int, default: 128)" in text
+    texts = {}
+    for option in ("--help", "--print_config"):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", option])
+        assert stop.value.code == 0
+        texts[option] = capsys.readouterr().out
+    shown = " ".join(texts["--help"].split())
+    assert "Images per optimizer step over all processes" in shown
+    assert "(type: int, default: 128)" in shown
+
+    def keys(settings: dict, prefix: str = ""):
+        for name, value in settings.items():
+            yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+    for key in keys(yaml.safe_load(texts["--print_config"])):
+        assert re.search(rf"--{re.escape(key)} \S+ .+?\(type: ", shown), key

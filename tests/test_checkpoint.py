@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from conftest import ROOT
 
 from dist_train import load_run
-from dist_train.checkpoint import list_checkpoints
+from dist_train.checkpoint import find_checkpoint, list_checkpoints
+from dist_train.cli import main
+from dist_train.config import InputError
+from dist_train.files import SUMS, find_fault, seal_folder
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -80,17 +85,90 @@ def test_a_named_checkpoint_is_resumed_in_a_new_folder(smoke):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(("--model.backbone", "resnet18"), "another model"), (("--optim.name", "adamw"), "another model")],
+    [
+        (("--model.backbone", "resnet18"), 'model.backbone is "resnet18"'),
+        (("--optim.lr", "0.5"), "optim.lr is 0.5"),
+        (("--data.augment.flip", "0"), "data.augment is"),
+        (("--data.count", "421"), "the train data is"),
+    ],
 )
-def test_a_checkpoint_of_another_model_or_optimizer_is_refused(smoke, capsys, options, said):
+def test_other_settings_or_data_than_the_checkpoints_are_refused(smoke, capsys, options, said):
     run_dir = smoke("run", *OPTIONS)
+    config = (run_dir / "config.yaml").read_text()
     smoke("run", *OPTIONS, *options, "--resume", "auto", code=2)
-    assert said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said in error and "resume_changed" in error
+    assert (run_dir / "config.yaml").read_text() == config
     assert list_checkpoints(run_dir / "checkpoints")
+
+
+def test_other_data_is_accepted_where_told_but_never_another_model(smoke, capsys):
+    smoke("run", *OPTIONS)
+    changed = ("--resume", "auto", "--resume_changed", "true")
+    smoke("run", *OPTIONS, "--data.count", "421", "--train.max_steps", "20", *changed)
+    smoke("run", *OPTIONS, "--model.backbone", "resnet18", *changed, code=2)
+    assert "weights differ" in capsys.readouterr().err
 
 
 def test_nothing_in_a_checkpoint_is_executed(smoke, capsys):
     run_dir = smoke("run", *OPTIONS)
-    torch.save({"optimizer": Accelerator}, list_checkpoints(run_dir / "checkpoints")[-1] / "state.pt")
+    checkpoint = list_checkpoints(run_dir / "checkpoints")[-1]
+    torch.save({"optimizer": Accelerator}, checkpoint / "state.pt")
+    (checkpoint / SUMS).unlink()
+    aside = checkpoint.rename(checkpoint.parent / "forged")
+    seal_folder(aside, checkpoint)
     smoke("run", *OPTIONS, "--resume", "auto", code=2)
-    assert "cannot be read" in capsys.readouterr().err
+    assert "Weights only load failed" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run folder with two checkpoints."""
+    run_dir = tmp_path_factory.mktemp("saved") / "run"
+    config = str(ROOT / "configs" / "smoke.yaml")
+    assert main(["train", "--config", config, "--run_dir", str(run_dir), "--track.tool", "none", *OPTIONS]) == 0
+    return run_dir
+
+
+def damaged(kind: str, content: bytes) -> bytes:
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 4
+    return {"truncated": content[:-1], "halved": content[: len(content) // 2], "flipped": bytes(flipped)}[kind]
+
+
+PARTS = ("model.safetensors", "ema.safetensors", "state.pt", "origin.json", "SHA256SUMS")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "halved", "flipped", "deleted"])
+@pytest.mark.parametrize("part", PARTS)
+def test_any_damage_is_named_and_the_checkpoint_before_is_used(saved, tmp_path, caplog, part, kind):
+    run_dir = shutil.copytree(saved, tmp_path / "run")
+    older, newest = list_checkpoints(run_dir / "checkpoints")
+    assert {file.name for file in newest.iterdir()} == set(PARTS)
+    assert find_checkpoint(run_dir, "auto") == newest
+    file = newest / part
+    if kind == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(damaged(kind, file.read_bytes()))
+    assert find_checkpoint(run_dir, "auto") == older
+    assert f"{newest} is skipped" in caplog.text
+    assert part in caplog.text or part == SUMS  # a flipped bit there may spoil a name or a sum
+    with pytest.raises(InputError, match=str(newest)):
+        find_checkpoint(run_dir, str(newest))
+    (older / part).write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint in"):
+        find_checkpoint(run_dir, "auto")
+
+
+def test_training_goes_on_behind_a_damaged_checkpoint(smoke, capsys):
+    whole = smoke("whole", *OPTIONS)
+    run_dir = smoke("run", *OPTIONS, "--save.keep", "1", "--save.every_steps", "6")
+    (newest,) = list_checkpoints(run_dir / "checkpoints")
+    shutil.copytree(list_checkpoints(whole / "checkpoints")[0], newest.parent / "step_00000012")
+    (newest / "state.pt").write_bytes(b"torn")
+    smoke("run", *OPTIONS, "--save.keep", "1", "--resume", "auto")
+    assert "state.pt is damaged" in capsys.readouterr().err
+    assert losses(run_dir) == losses(whole)
+    assert [find_fault(path) for path in list_checkpoints(run_dir / "checkpoints")] == [None]
+    assert len(list(newest.parent.glob("damaged_*"))) == 1

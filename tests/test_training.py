@@ -5,16 +5,17 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dist_train import train
-from dist_train.checkpoint import Progress
-from dist_train.config import DataConfig, OptimConfig
+from dist_train import evaluate, train
+from dist_train.config import DataConfig, InputError, OptimConfig
 from dist_train.data.images import ImageSet, load_splits
 from dist_train.data.loader import ImageLoader
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 from dist_train.optim import build_schedule
+from dist_train.state import Progress
 from dist_train.training import History
 
 
@@ -121,16 +122,67 @@ def test_max_steps_ends_within_an_epoch(faces):
 
 
 def test_the_average_of_weights_is_what_is_validated(faces):
-    plain, averaged = fit(faces, 3), fit(faces, 3, ema=0.99)
-    assert plain.train_loss == averaged.train_loss
-    assert plain.valid_loss != averaged.valid_loss
+    """Against an average made by hand: timm's warm-up is decay min(0.99, 1 - 1 / (n + 1) ** (2/3)) at step n + 1."""
+    model, average = Small(), Small()
+
+    class Steps(torch.optim.SGD):
+        done = 0
+
+        def step(self, closure=None):
+            super().step(closure)
+            decay = min(0.99, 1 - (1 + Steps.done) ** (-2 / 3)) if Steps.done else 0.0
+            Steps.done += 1
+            for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+                mean.data.lerp_(parameter.detach(), 1 - decay)
+
+    loader = ImageLoader(faces[0], 32, shuffle=True)
+    history = train(model, loader, ImageLoader(faces[1], 64), Steps(model.parameters(), 0.1), 3, ema=0.99)
+    assert fit(faces, 3).train_loss == history.train_loss
+    assert evaluate(average, ImageLoader(faces[1], 64)).loss == pytest.approx(history.valid_loss[-1], abs=1e-5)
+    assert history.valid_loss[-1] != pytest.approx(fit(faces, 3).valid_loss[-1], abs=1e-4)
 
 
-def test_a_training_that_diverges_ends_without_a_best_model(smoke, capsys):
-    run_dir = smoke("run", "--model.backbone", "timm/resnet10t", "--optim.lr", "1e30")
+DIVERGES = ("--model.backbone", "timm/resnet10t", "--optim.lr", "1e30")
+
+
+def test_a_training_that_diverges_gives_up_with_the_state_before_it_saved(smoke, capsys):
+    run_dir = smoke("run", *DIVERGES, code=1)
+    said = capsys.readouterr().err
+    assert "not finite in 3 steps in a row" in said and "Traceback" not in said
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    first = int(checkpoint.name.removeprefix("step_")) + 1
+    assert f"the first of them step {first};" in said
+    other = smoke("other", *DIVERGES, "--train.max_bad_steps", "99", "--save.every_steps", "1", "--save.keep", "99")
+    before = load_file(other / "checkpoints" / checkpoint.name / "model.safetensors")
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+    names = (run_dir / "bad_samples.txt").read_text().splitlines()
+    assert len({name.split(": ")[1] for name in names}) == len(names) == pytest.approx(3 * 30, abs=3)
+    assert {name.split(": ")[0] for name in names} == {f"step {first + n}" for n in range(3)}
+    assert not (run_dir / "best").exists()
+    smoke("run", *DIVERGES, "--resume", "auto", code=1)
+    assert f"the first of them step {first};" in capsys.readouterr().err
+
+
+def test_a_training_without_a_finite_validation_figure_has_no_best_model(smoke, capsys):
+    run_dir = smoke("run", *DIVERGES, "--train.max_bad_steps", "100")
     assert "no best model" in capsys.readouterr().err
     assert not (run_dir / "best").exists()
     assert (run_dir / "summary.json").exists()
+
+
+def test_an_accelerator_that_divides_gradients_by_itself_is_refused(faces):
+    model, accelerator = Small(), Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loaders = ImageLoader(faces[0], 32, shuffle=True), ImageLoader(faces[1], 64)
+    with pytest.raises(InputError, match="gradient_accumulation"):
+        train(model, *loaders, torch.optim.SGD(model.parameters(), 0.1), 1, accelerator=accelerator)
+
+
+def test_batches_that_are_no_pairs_are_refused(faces):
+    rows = [{"image": torch.zeros(1, 48, 48), "label": 0}] * 8
+    model = Small()
+    with pytest.raises(InputError, match="type dict; expected tensors"):
+        train(model, DataLoader(rows, 4), DataLoader(rows, 4), torch.optim.SGD(model.parameters(), 0.1), 1)
 
 
 def test_label_smoothing_raises_the_training_loss_only(faces):

@@ -58,6 +58,13 @@ class ImageSet:
         """Return the samples at the positions `index` (int [M])."""
         return ImageSet(self.images[index], self.labels[index], [self.names[i] for i in index], self.classes)
 
+    def fingerprint(self) -> str:
+        """Return a digest of pixels, labels and classes."""
+        digest = hashlib.blake2b(repr((self.images.shape, self.classes)).encode(), digest_size=16)
+        for array in (self.images, self.labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
 
 Splits = dict[str, ImageSet]
 

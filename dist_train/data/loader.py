@@ -25,12 +25,17 @@ class Batch(NamedTuple):
 
     images: uint8 0..255 or float32 0..1 [B, C, H, W]; labels: int64 [B], or float32 [B, K] class shares
     (mixup); scale: factor that turns this process's summed loss into its part of the step's mean loss, such
-    that the average over processes is that mean.
+    that the average over processes is that mean; parts: into how many the smallest share of a process can be
+    split; samples: int64 [B] on the host, their indices in the data; start: position of the step in the epoch's
+    global order.
     """
 
     images: Tensor
     labels: Tensor
     scale: float
+    parts: int
+    samples: Tensor
+    start: int
 
 
 class EpochDraws(NamedTuple):
@@ -117,7 +122,7 @@ class ImageLoader:
             first, end = (start + size * part // self.world_size for part in (self.rank, self.rank + 1))
             images, labels = self._batch(draws, torch.arange(first, end), start, size)
             self.position += size  # before the yield: a checkpoint made at this step must not repeat it
-            yield Batch(images, labels, self.world_size / size)
+            yield Batch(images, labels, self.world_size / size, size // self.world_size, draws.order[first:end], start)
         self.position = 0
 
     def _draw_epoch(self) -> EpochDraws:

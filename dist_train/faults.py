@@ -1,0 +1,165 @@
+"""What can befall a training: a signal, a loss that is not finite, a process that dies.
+
+In: signals and losses. Out: after each step one verdict, the same on all processes, agreed on over a group of their
+hosts, so that no process waits for another that has left and no device waits for its host.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, distributed, nn
+
+from dist_train.checkpoint import Checkpointer
+from dist_train.data.loader import Batch
+from dist_train.files import write_file
+from dist_train.state import TrainState
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ROLL_CALL_SECONDS = 5
+
+
+class Interrupted(Exception):
+    """A signal ended the training after its state was saved: it can be resumed."""
+
+
+class TrainingError(RuntimeError):
+    """The training cannot go on; the message says why and what to do."""
+
+
+class Watch:
+    """Ends a training that is told to stop, or whose losses are not finite, with its state saved.
+
+    max_bad_steps: optimizer steps in a row whose loss is not finite after which the training ends; such steps
+    change no weights. names: of the training samples, by index.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        checkpointer: Checkpointer,
+        *,
+        max_bad_steps: int = 3,
+        names: list[str] | None = None,
+    ) -> None:
+        self.accelerator, self.checkpointer = accelerator, checkpointer
+        self.max_bad_steps, self.names = max_bad_steps, names
+        self.signal: str | None = None
+        # gloo, not the training's own backend: the agreement is between hosts, and no device waits for it
+        self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.finite, self.stop = True, False
+        self._seen: list[Tensor] = []
+        self._copied = torch.cuda.Event() if accelerator.device.type == "cuda" else None
+        self._bad: list[Batch] = []
+        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Note signals while inside; a second SIGINT interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == self.signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal = self.signal or name
+
+    def before_step(self, model: nn.Module) -> None:
+        """Keep a copy of the model's buffers (batch statistics), which a forward pass changes."""
+        if not self._buffers:
+            self._buffers = list(model.buffers())
+            self._kept = [buffer.clone() for buffer in self._buffers]
+        _copy(self._kept, self._buffers)
+
+    def see(self, loss: Tensor) -> None:
+        """Look at a loss of the step under way, before its backward pass is asked for."""
+        finite = torch.isfinite(loss.detach())
+        if self._copied:  # the device is then busy with the backward pass while its host learns the verdict
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            self._copied.record()
+        self._seen.append(finite)
+
+    def agree(self) -> bool:
+        """Return whether every loss of the step is finite on every process; a collective call."""
+        if self._copied:
+            self._copied.synchronize()
+        bad = not all(bool(finite) for finite in self._seen)
+        flags = torch.tensor([bad, self.signal is not None], dtype=torch.int32)
+        if self.group:
+            distributed.all_reduce(flags, distributed.ReduceOp.MAX, self.group)
+        self._seen.clear()
+        self.finite, self.stop = not flags[0], bool(flags[1])
+        if not self.finite:
+            _copy(self._buffers, self._kept)
+        return self.finite
+
+    def after_step(self, state: TrainState, batch: Batch) -> None:
+        """Raise Interrupted or TrainingError, with the state saved, if the step's verdict says so."""
+        self._bad = [] if self.finite else [*self._bad, batch]
+        if len(self._bad) >= self.max_bad_steps:
+            self._give_up(state)
+        if self.stop:
+            self.checkpointer.save(state)
+            self.checkpointer.flush()
+            raise Interrupted(
+                f"stopped by {self.signal or 'a signal to another process'} after step {state.progress.step}, "
+                "state saved; go on with --resume auto"
+            )
+
+    def _give_up(self, state: TrainState) -> None:
+        """Save the state before the bad steps, list their samples and raise TrainingError."""
+        state.progress.step -= len(self._bad)
+        batches = state.parts.get("batches")
+        if batches:
+            batches.load_state_dict({**batches.state_dict(), "position": self._bad[0].start})
+        self.checkpointer.save(state)
+        self.checkpointer.flush()
+        file = self.checkpointer.folder.parent / "bad_samples.txt"
+        step = state.progress.step + 1
+        indices = [(step + i, n) for i, batch in enumerate(self._bad) for n in batch.samples.tolist()]
+        found = sorted(gather_object([(at, self.names[n] if self.names else str(n)) for at, n in indices]))
+        if self.accelerator.is_main_process:
+            write_file(file, lambda path: path.write_text("".join(f"step {at}: {name}\n" for at, name in found)))
+        raise TrainingError(
+            f"the loss was not finite in {len(self._bad)} steps in a row, the first of them step {step}; the state "
+            f"before it is saved, its samples are listed in {file}. Look at them, lower optim.lr, set train.clip_grad "
+            "or use train.precision: no, and start anew or go on with --resume auto"
+        )
+
+    def explain(self, error: RuntimeError) -> TrainingError | None:
+        """Return what to say of an error that another process's end may have caused, or None if it is another's."""
+        if self.group is None or (not isinstance(error, distributed.DistError) and "gloo" not in str(error)):
+            return None
+        try:
+            timeout = timedelta(seconds=ROLL_CALL_SECONDS)
+            distributed.monitored_barrier(self.group, timeout, wait_all_ranks=True)
+            missing = ""
+        except RuntimeError as fault:
+            missing = f" ({str(fault).splitlines()[0]})"
+        return TrainingError(
+            f"process {self.accelerator.process_index} has lost contact with another one{missing}: it has died or its "
+            "network has gone. Start the same command with --resume auto to go on from the last checkpoint"
+        )
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
