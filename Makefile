@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all test-faults lint clean
 
 train: $(READY)
 	$(BIN)/dist-train train --config configs/quickstart.yaml --run_dir $(RUN) --overwrite
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/pytest -m "slow or not slow"
+
+test-faults: $(READY)
+	$(BIN)/pytest -m faults -rA
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,11 +6,12 @@ hosts, so that no process waits for another that has left and no device waits fo
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,9 @@ from dist_train.files import write_file
 from dist_train.state import TrainState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ROLL_CALL_SECONDS = 5
+logger = logging.getLogger(__name__)
+
+ROLL_CALL_SECONDS = 2
 
 
 class Interrupted(Exception):
@@ -148,16 +151,24 @@ class Watch:
         """Return what to say of an error that another process's end may have caused, or None if it is another's."""
         if self.group is None or (not isinstance(error, distributed.DistError) and "gloo" not in str(error)):
             return None
-        try:
-            timeout = timedelta(seconds=ROLL_CALL_SECONDS)
-            distributed.monitored_barrier(self.group, timeout, wait_all_ranks=True)
-            missing = ""
-        except RuntimeError as fault:
-            missing = f" ({str(fault).splitlines()[0]})"
-        return TrainingError(
-            f"process {self.accelerator.process_index} has lost contact with another one{missing}: it has died or its "
-            "network has gone. Start the same command with --resume auto to go on from the last checkpoint"
+        logger.error(
+            "process %d has lost contact: %s does not answer, it has died or its network has gone (%s)",
+            self.accelerator.process_index,
+            self._roll_call(),
+            str(error).splitlines()[0],
         )
+        return TrainingError("ended, as a process is gone; start the same command with --resume auto to go on")
+
+    def _roll_call(self) -> str:
+        """Return in words which processes do not answer, over the launcher's store, which outlives them."""
+        try:
+            store = distributed.distributed_c10d._get_default_store()
+            store.set(f"alive/{self.accelerator.process_index}", "")
+            time.sleep(ROLL_CALL_SECONDS)
+            gone = [n for n in range(self.accelerator.num_processes) if not store.check([f"alive/{n}"])]
+        except RuntimeError:  # the store is gone with the process or machine that held it
+            gone = []
+        return f"process {', '.join(map(str, gone))}" if gone else "another one"
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

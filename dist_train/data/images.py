@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -173,12 +173,7 @@ def _class_names(path: Path, files: dict[str, list[Path]]) -> tuple[str, ...]:
 def _decode_folders(path: Path, files: dict[str, list[Path]], classes: tuple[str, ...], config: DataConfig) -> Splits:
     every = [file for split in files.values() for file in split]
     decoded, bad = _decode(every, config)
-    if bad:
-        listed = "; ".join(bad[:SHOWN]) + (f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
-        message = f"{len(bad)} of {len(every)} images under {path} cannot be read: {listed}"
-        if not config.skip_bad:
-            raise InputError(f"{message}. Mend or delete them, or set data.skip_bad: true")
-        logger.warning("%s. Left out (data.skip_bad)", message)
+    _tell_bad(bad, f"{len(every)} images under {path}", config.skip_bad)
     splits = {}
     for split, folder in _split_folders(path).items():
         good = [file for file in files[split] if decoded[file] is not None]
@@ -186,6 +181,16 @@ def _decode_folders(path: Path, files: dict[str, list[Path]], classes: tuple[str
         images = _stack([decoded[file] for file in good], config.image_size)
         splits[split] = ImageSet(images, labels, [str(file.relative_to(path)) for file in good], classes)
     return splits
+
+
+def _tell_bad(bad: Sequence[str], of: str, skip: bool) -> None:
+    """Name all that cannot be read: in an InputError, or in a warning where it is to be left out."""
+    if bad:
+        listed = "; ".join(bad[:SHOWN]) + (f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+        message = f"{len(bad)} of {of} cannot be read: {listed}"
+        if not skip:
+            raise InputError(f"{message}. Mend or delete them, or set data.skip_bad: true")
+        logger.warning("%s. Left out (data.skip_bad)", message)
 
 
 def _decode(files: Sequence[Path], config: DataConfig) -> tuple[dict[Path, np.ndarray | None], list[str]]:
@@ -233,7 +238,7 @@ def _stack(arrays: Sequence[np.ndarray | None], size: int) -> np.ndarray:
 def _read_fer2013(path: Path, config: DataConfig) -> Splits:
     """Read Kaggle's fer2013.csv: rows of emotion (0-6), pixels (2,304 numbers) and Usage."""
     rows: dict[str, list[tuple[np.ndarray, int, str]]] = {"train": [], "validation": []}
-    left_out = 0
+    left_out, bad, number = 0, [], 0
     with path.open(newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         fields = [name.strip() for name in reader.fieldnames or []]
@@ -245,7 +250,11 @@ def _read_fer2013(path: Path, config: DataConfig) -> Splits:
             if split is None:
                 left_out += 1
                 continue
-            rows[split].append((*_parse_fer2013_row(path, number, row, config.image_size), str(number)))
+            try:
+                rows[split].append((*_parse_fer2013_row(row, config.image_size), str(number)))
+            except (ValueError, OverflowError, AttributeError, TypeError) as error:
+                bad.append(f"data row {number} ({error})")
+    _tell_bad(bad, f"{number + 1} rows of {path}", config.skip_bad)
     if left_out:
         logger.info("%s: %d rows of other Usage than Training and PublicTest left out", path, left_out)
     if not rows["train"]:
@@ -263,16 +272,13 @@ def _read_fer2013(path: Path, config: DataConfig) -> Splits:
     }
 
 
-def _parse_fer2013_row(path: Path, number: int, row: dict[str, str], size: int) -> tuple[np.ndarray, int]:
-    try:
-        emotion = int(row["emotion"])
-        pixels = np.array(row["pixels"].split(), dtype=np.uint8)
-        side = round(len(pixels) ** 0.5)
-        image = Image.fromarray(pixels.reshape(side, side))
-        if not 0 <= emotion < len(FER2013_CLASSES):
-            raise ValueError(f"emotion {emotion} is not one of 0 to 6")
-    except (ValueError, IndexError, OverflowError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: data row {number} cannot be read: {error}") from error
+def _parse_fer2013_row(row: dict[str, str], size: int) -> tuple[np.ndarray, int]:
+    emotion = int(row["emotion"])
+    if not 0 <= emotion < len(FER2013_CLASSES):
+        raise ValueError(f"emotion {emotion} is not one of 0 to 6")
+    pixels = np.array(row["pixels"].split(), dtype=np.uint8)
+    side = round(len(pixels) ** 0.5)
+    image = Image.fromarray(pixels.reshape(side, side))
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)), emotion
 
 
@@ -335,25 +341,30 @@ def _cached(config: DataConfig, stamp: Sequence[str], build: Callable[[], Splits
     """Return the splits that `build` makes, from the cache if the same files were decoded before."""
     key = json.dumps([CACHE_VERSION, config.image_size, config.skip_bad, sys.byteorder, *stamp])
     folder = cache_folder(config) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    if not folder.exists():
-        splits = build()
+    if folder.exists():
         try:
-            _write_cache(folder, splits)
-        except OSError as error:
-            logger.warning("cannot keep decoded images in %s (%s); set data.cache to another folder", folder, error)
-            return splits
-    return _read_cache(folder)
+            return _read_cache(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("decoded images in %s are damaged (%s) and are decoded anew", folder, error)
+    splits = build()
+    try:
+        _write_cache(folder, splits)
+        return _read_cache(folder)
+    except OSError as error:
+        logger.warning("cannot keep decoded images in %s (%s); set data.cache to another folder", folder, error)
+        return splits
 
 
 def _write_cache(folder: Path, splits: Splits) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".decoding-", dir=folder.parent))
+    aside = folder.with_name(f".{folder.name}-{os.getpid()}-{time.time_ns()}")
+    aside.mkdir(parents=True)
     try:
         for split, images in splits.items():
             np.save(aside / f"{split}.images.npy", images.images)
             np.save(aside / f"{split}.labels.npy", images.labels)
             meta = {"names": images.names, "classes": images.classes}
             (aside / f"{split}.json").write_text(json.dumps(meta))
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
@@ -368,5 +379,9 @@ def _read_cache(folder: Path) -> Splits:
         # copy-on-write: torch wants writable memory, and nobody writes
         images = np.load(folder / f"{split}.images.npy", mmap_mode="c")
         labels = np.load(folder / f"{split}.labels.npy")
+        if not len(images) == len(labels) == len(meta["names"]):
+            raise ValueError(f"{split} is incomplete")
         splits[split] = ImageSet(images, labels, meta["names"], tuple(meta["classes"]))
+    if "train" not in splits:
+        raise ValueError("no train split")
     return splits
