@@ -29,7 +29,7 @@ from dist_train.wandb_log import last_steps
 
 logger = logging.getLogger(__name__)
 
-INIT_SECONDS = 30
+INIT_SECONDS = 15
 EXIT_SECONDS = 30
 
 
