@@ -33,10 +33,11 @@ from dist_train.config import Config, InputError
 from dist_train.data.images import ImageSet, load_splits
 from dist_train.data.loader import ImageLoader
 from dist_train.faults import Interrupted, TrainingError, Watch
-from dist_train.figures import plot_confusion, plot_history, view_results
+from dist_train.figures import plot_confusion, plot_history
 from dist_train.files import write_file
 from dist_train.model import FaceModel, load_run
 from dist_train.optim import build_optimizer, build_schedule
+from dist_train.pictures import view_results
 from dist_train.processes import build_accelerator, local_main_first, on_main
 from dist_train.state import Progress
 from dist_train.tracking import Tracker, check_tracker, tracker_kind

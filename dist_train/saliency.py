@@ -84,7 +84,8 @@ def _find_layers(model: nn.Module, image: Tensor) -> list[_Layer]:
     finally:
         for hook in hooks:
             hook.remove()
-    layers, small = [], []
+    layers: list[_Layer] = []
+    small: list[_Layer] = []
     for module, shapes in reversed(found.items()):
         axis, places = _places(shapes[0], image.shape[-2] / image.shape[-1])
         if len(shapes) == 1 and places >= 4:  # one that is called twice, as a shared ReLU, is no single layer

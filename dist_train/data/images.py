@@ -35,6 +35,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "test")
 FER2013_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 FER2013_USAGES = {"Training": "train", "PublicTest": "validation"}
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad file
 SHOWN = 20
 
 
@@ -194,7 +195,7 @@ def _decode(files: Sequence[Path], config: DataConfig) -> tuple[dict[Path, np.nd
     def decode(file: Path) -> np.ndarray | Exception:
         try:
             return decode_image(file, config.image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return error
 
     with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool:
@@ -209,13 +210,17 @@ def decode_image(file: Path, size: int) -> np.ndarray:
     It is turned as its EXIF says, then scaled and cropped around the centre to the square. Raises what PIL
     raises for a file it cannot read.
     """
+    return np.asarray(ImageOps.fit(read_image(file), (size, size), Image.Resampling.BILINEAR))
+
+
+def read_image(file: Path) -> Image.Image:
+    """Return one image file in its own size, turned as its EXIF says, in mode L if it is gray, else RGB."""
     with Image.open(file) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in ("I", "I;16", "F"):  # 16-bit gray: PIL would clip to 8 bits, not scale
             values = np.asarray(upright, dtype=np.float32)
             upright = Image.fromarray((values / max(values.max(), 255.0) * 255).astype(np.uint8))
-        upright = upright.convert("L" if upright.mode in GRAY_MODES else "RGB")
-        return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
+        return upright.convert("L" if upright.mode in GRAY_MODES else "RGB")
 
 
 def _stack(arrays: Sequence[np.ndarray | None], size: int) -> np.ndarray:
@@ -305,13 +310,19 @@ def _split_off_validation(train: ImageSet, share: float) -> tuple[ImageSet, Imag
 
 
 def _drop_leaked(train: ImageSet, validation: ImageSet) -> ImageSet:
-    seen = {_digest(image) for image in train.images}
-    clean = np.array([_digest(image) not in seen for image in validation.images])
-    logger.info("data: %d validation images that are also in train left out", len(clean) - clean.sum())
-    return validation.subset(np.flatnonzero(clean))
+    leaked = find_leaked(train, validation)
+    logger.info("data: %d validation images that are also in train left out", leaked.sum())
+    return validation.subset(np.flatnonzero(~leaked))
 
 
-def _digest(image: np.ndarray) -> bytes:
+def find_leaked(train: ImageSet, validation: ImageSet) -> np.ndarray:
+    """Return which validation images, bool [N], have the very pixels of an image of train."""
+    seen = {digest(image) for image in train.images}
+    return np.array([digest(image) in seen for image in validation.images], dtype=bool)
+
+
+def digest(image: np.ndarray) -> bytes:
+    """Return what stands for an image's pixels: equal for equal arrays."""
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
