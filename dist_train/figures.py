@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from dist_train.scores import Bin
+
 INK, MUTED, FAINT, HAIR, PAPER = "#22272e", "#66707c", "#98a1ab", "#dfe3e8", "#ffffff"
 # After Okabe and Ito's blue and vermillion, which the common colour-vision deficiencies keep apart.
 RIGHT, WRONG, OTHER = "#0072b2", "#c94f00", "#b9c0c8"
@@ -60,6 +62,18 @@ def plot_history(history: Sequence[Sequence[float]]) -> Figure:
     accuracies in 0..1. Values that are not finite leave a gap in their line and are counted in words.
     Raises ValueError if these are not four lists of one length, or if they are empty.
     """
+    lists = check_history(history)
+    figure = new_figure(10.5, 4.2)
+    loss, accuracy = figure.subplots(
+        1, 2, gridspec_kw={"left": 0.06, "right": 0.905, "bottom": 0.13, "top": 0.83, "wspace": 0.42}
+    )
+    draw_loss(loss, lists)
+    draw_accuracy(accuracy, lists)
+    return figure
+
+
+def check_history(history: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """Return the four lists of a history as arrays; ValueError if it has others."""
     lists = [np.asarray(values, dtype=float).ravel() for values in history]
     lengths = [len(values) for values in lists]
     if len(lists) != 4 or len(set(lengths)) != 1 or lengths[0] == 0:
@@ -67,20 +81,22 @@ def plot_history(history: Sequence[Sequence[float]]) -> Figure:
             "history: expected four lists (train_loss, train_acc, valid_loss, valid_acc) of one "
             f"length of at least 1, found {len(lists)} of lengths {lengths}"
         )
-    figure = new_figure(10.5, 4.2)
-    loss, accuracy = figure.subplots(
-        1, 2, gridspec_kw={"left": 0.06, "right": 0.905, "bottom": 0.13, "top": 0.83, "wspace": 0.42}
-    )
-    accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    _draw_panel(loss, "Loss", lambda v, at: f"Lowest validation loss {v:.3g} in epoch {at}", lists[::2], np.nanargmin)
-    _draw_panel(
-        accuracy,
-        "Accuracy",
-        lambda v, at: f"Best validation accuracy {v * 100:.1f} % in epoch {at}",
-        lists[1::2],
-        np.nanargmax,
-    )
-    return figure
+    return lists
+
+
+def draw_loss(axes: Axes, lists: list[np.ndarray]) -> None:
+    """Draw the losses of a history, from check_history."""
+    _draw_panel(axes, "Loss", lambda v, at: f"Lowest validation loss {v:.3g} in epoch {at}", lists[::2], np.nanargmin)
+
+
+def draw_accuracy(axes: Axes, lists: list[np.ndarray]) -> None:
+    """Draw the accuracies of a history, from check_history."""
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+
+    def say(value: float, at: int) -> str:
+        return f"Best validation accuracy {value * 100:.1f} % in epoch {at}"
+
+    _draw_panel(axes, "Accuracy", say, lists[1::2], np.nanargmax)
 
 
 def _draw_panel(
@@ -198,3 +214,36 @@ def _draw_cells(axes: Axes, counts: np.ndarray, totals: np.ndarray) -> None:
         weight = "bold" if row == column else "normal"
         axes.text(x, row + 0.51, f"{100 * share:.0f} %", ha="center", size=10, color=colour, weight=weight)
         axes.text(x, row + 0.58, f"{count:,}", ha="center", va="top", size=7.5, color=colour)
+
+
+def plot_reliability(bins: Sequence[Bin]) -> Figure:
+    """How often answers of a confidence are right, and how many there are; calibrated answers lie on the diagonal."""
+    figure = new_figure(5.2, 5.0)
+    axes = figure.add_axes((0.13, 0.36, 0.82, 0.52))
+    below = figure.add_axes((0.13, 0.12, 0.82, 0.14), sharex=axes)
+    width, total = 1 / len(bins), sum(row.images for row in bins)
+    middles = (np.arange(len(bins)) + 0.5) * width
+    axes.bar(middles, [row.accuracy if row.images else 0 for row in bins], 0.86 * width, color=RIGHT)
+    axes.plot([0, 1], [0, 1], color=WRONG, lw=1.6, ls=(0, (4, 2)))
+    below.bar(middles, [row.images / max(total, 1) for row in bins], 0.86 * width, color=OTHER)
+    for part, name in ((axes, "Right"), (below, "Answers")):
+        part.set_ylabel(name)
+        part.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+        part.grid(axis="y", color=HAIR, lw=0.8)
+        part.set_axisbelow(True)
+        calm(part)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.tick_params(labelbottom=False)
+    below.locator_params(axis="y", nbins=2)
+    below.set_xlabel("Confidence")
+    below.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.text(0, 1.13, "Reliability", transform=axes.transAxes, size=13, weight="bold", color=INK)
+    axes.text(
+        0,
+        1.04,
+        "Below the dashed line: too sure. Above: not sure enough",
+        transform=axes.transAxes,
+        size=9.5,
+        color=INK,
+    )
+    return figure

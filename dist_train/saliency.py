@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from matplotlib import colormaps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,15 +37,24 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     inputs = images.to(device)
     inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
     targets = targets.to(device)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         layer = _choose_layer(model, inputs[:1], targets[:1])
         maps = _attribute(model, layer, inputs, targets)[0]
     finally:
-        model.train(training)
+        for module, mode in modes:  # model.train() would wake modules that are kept in eval mode
+            module.training = mode
     maps = F.interpolate(maps[:, None], inputs.shape[-2:], mode="bicubic", align_corners=False)[:, 0].clamp(min=0)
     return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)).cpu()
+
+
+def overlay(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Return the images, uint8 [N, 1 or 3, H, W], in gray under the glow of their maps: uint8 [N, H, W, 3]."""
+    gray = images.mean(1)[..., None] / 255
+    glow = colormaps["inferno"](maps)[..., :3]
+    share = 0.75 * maps[..., None]
+    return (255 * ((1 - share) * gray + share * glow)).round().astype(np.uint8)
 
 
 def _choose_layer(model: nn.Module, image: Tensor, target: Tensor) -> _Layer:
