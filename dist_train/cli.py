@@ -7,6 +7,7 @@ resumable.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -151,12 +152,22 @@ def _add_audit_arguments(parser: ArgumentParser) -> None:
 
 
 def _audit(options: Namespace) -> int:
+    from dist_train.contact_sheet import write_contact_sheet
     from dist_train.data.audit import audit_folder
+    from dist_train.labels import find_label_errors
 
-    config = (
-        _run_config(Path(options.run), "--data.source", "folder", "--data.path", options.dir) if options.run else None
-    )
-    print(audit_folder(options.dir, options.json, options.html, options.run, config))
+    folder, suspects = Path(options.dir), None
+    audit = audit_folder(folder)
+    print(audit.table())
+    if options.run:
+        run_dir = Path(options.run)
+        config = _run_config(run_dir, "--data.source", "folder", "--data.path", str(folder))
+        suspects = find_label_errors(run_dir, config)
+        print(f"likely label errors among the validation images that are not in train: {len(suspects):,}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(audit.counts(), indent=2) + "\n")
+    if options.html:
+        write_contact_sheet(Path(options.html), folder, audit, suspects)
     return 0
 
 
@@ -247,6 +258,11 @@ COMMANDS = {
         "Judge a run's validation images: figures, report.json and report.html in the run folder.",
         _add_evaluate_arguments,
         _evaluate,
+    ),
+    "audit": Command(
+        "Look for unreadable, blank, repeated, leaked and contrarily labelled images in a folder.",
+        _add_audit_arguments,
+        _audit,
     ),
 }
 

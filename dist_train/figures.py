@@ -218,9 +218,9 @@ def _draw_cells(axes: Axes, counts: np.ndarray, totals: np.ndarray) -> None:
 
 def plot_reliability(bins: Sequence[Bin]) -> Figure:
     """How often answers of a confidence are right, and how many there are; calibrated answers lie on the diagonal."""
-    figure = new_figure(5.2, 5.0)
-    axes = figure.add_axes((0.13, 0.36, 0.82, 0.52))
-    below = figure.add_axes((0.13, 0.12, 0.82, 0.14), sharex=axes)
+    figure = new_figure(4.7, 4.6)
+    axes = figure.add_axes((0.14, 0.34, 0.81, 0.54))
+    below = figure.add_axes((0.14, 0.11, 0.81, 0.14), sharex=axes)
     width, total = 1 / len(bins), sum(row.images for row in bins)
     middles = (np.arange(len(bins)) + 0.5) * width
     axes.bar(middles, [row.accuracy if row.images else 0 for row in bins], 0.86 * width, color=RIGHT)

@@ -93,6 +93,13 @@ class FaceModel(nn.Module):
         logits: Tensor = self.backbone((images - self.mean) / self.std)
         return logits if self.temperature == 1 else logits / self.temperature
 
+    def check_classes(self, classes: tuple[str, ...], source: str) -> None:
+        """Raise InputError if a data set's classes are not those that the model, from `source`, knows."""
+        if classes != self.classes:
+            raise InputError(
+                f"data.path: its classes are {', '.join(classes)}, but those of {source} are {', '.join(self.classes)}"
+            )
+
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write model.safetensors and config.json, all that load_run needs; `state`: in place of its own weights."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train.config import Config, DataConfig, InputError, TrainConfig
+from dist_train.config import Config, DataConfig, TrainConfig
 from dist_train.data.images import ImageSet, find_leaked, load_splits
 from dist_train.evaluation import judge
 from dist_train.figures import check_history, draw_accuracy, draw_loss, new_figure, plot_reliability
@@ -45,11 +45,7 @@ def evaluate_run(run_dir: Path, config: Config, *, tta: bool = False, calibrate:
     accelerator = build_accelerator(TrainConfig(precision=precision))
     model = load_run(run_dir)
     train, validation = local_main_first(accelerator, load_splits, dataclasses.replace(config.data, drop_leaked=False))
-    if validation.classes != model.classes:
-        raise InputError(
-            f"data.path: its classes are {', '.join(validation.classes)}, but those of {run_dir} are "
-            f"{', '.join(model.classes)}"
-        )
+    model.check_classes(validation.classes, str(run_dir))
     shares = judge(model, validation.images, accelerator=accelerator, tta=tta)
     leaked = find_leaked(train, validation)
     figures = describe(shares, validation.labels, leaked, model.classes)
@@ -93,8 +89,8 @@ def _draw_curves(file: Path) -> list[str]:
         return []
     drawings: list[str] = []
     for name, draw in (("Accuracy", draw_accuracy), ("Loss", draw_loss)):
-        figure = new_figure(5.2, 4.0)
-        draw(figure.add_axes((0.12, 0.14, 0.68, 0.66)), history)
+        figure = new_figure(4.7, 3.5)
+        draw(figure.add_axes((0.11, 0.14, 0.7, 0.69)), history)
         drawings.append(embed_figure(figure, f"{name} of train and validation over {len(history[0])} epochs"))
     return drawings
 

@@ -110,7 +110,7 @@ def _load_source(config: DataConfig) -> Splits:
             return _cached(config, stamp, lambda: _read_fer2013(path, config))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
-    files = {split: _list_files(folder) for split, folder in _split_folders(path).items()}
+    files = {split: list_files(folder) for split, folder in split_folders(path).items()}
     classes = _class_names(path, files)
     stamp = [
         str(path.resolve()),
@@ -133,7 +133,7 @@ def _load_synthetic(config: DataConfig) -> Splits:
 # Class folders
 
 
-def _split_folders(path: Path) -> dict[str, Path]:
+def split_folders(path: Path) -> dict[str, Path]:
     """Return the folders of the splits under `path`; one without split folders is all train."""
     found = {}
     for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
@@ -145,7 +145,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
     return found
 
 
-def _list_files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Return all image files under `folder`/<class>/, sorted, by the file endings that PIL knows."""
     endings = Image.registered_extensions()
     files = [
@@ -160,7 +160,7 @@ def _list_files(folder: Path) -> list[Path]:
 
 def _class_names(path: Path, files: dict[str, list[Path]]) -> tuple[str, ...]:
     names: set[str] = set()
-    for split, folder in _split_folders(path).items():
+    for split, folder in split_folders(path).items():
         found = {kind.name for kind in folder.iterdir() if kind.is_dir() and not kind.name.startswith(".")}
         used = {file.relative_to(folder).parts[0] for file in files[split]}
         if not found:
@@ -181,7 +181,7 @@ def _decode_folders(path: Path, files: dict[str, list[Path]], classes: tuple[str
             raise InputError(f"{message}. Mend or delete them, or set data.skip_bad: true")
         logger.warning("%s. Left out (data.skip_bad)", message)
     splits = {}
-    for split, folder in _split_folders(path).items():
+    for split, folder in split_folders(path).items():
         good = [file for file in files[split] if decoded[file] is not None]
         labels = np.array([classes.index(file.relative_to(folder).parts[0]) for file in good], dtype=np.int64)
         images = _stack([decoded[file] for file in good], config.image_size)
