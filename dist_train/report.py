@@ -97,48 +97,43 @@ def _draw_curves(file: Path) -> list[str]:
 
 def _show_mistakes(model: FaceModel, data: ImageSet, shares: np.ndarray) -> list[dict[str, Any]]:
     """Return for each real class its most confident mistakes, as pictures with saliency."""
-    wrong, predicted = find_mistakes(shares, data.labels), shares.argmax(1)
-    groups = []
-    for label, name in enumerate(data.classes):
-        own = wrong[data.labels[wrong] == label]
-        shown = own[:SHOWN_MISTAKES]
-        cards = []
-        if len(shown):
-            images = data.images[shown]
-            glowing = overlay(
-                images, explain(model, torch.from_numpy(images), torch.from_numpy(predicted[shown])).numpy()
-            )
-            cards = [
-                {
-                    "name": data.names[i],
-                    "picture": embed_picture(data.images[i]),
-                    "glow": embed_picture(glow),
-                    "predicted": data.classes[predicted[i]],
-                    "confidence": float(shares[i].max()),
-                }
-                for i, glow in zip(shown, glowing, strict=True)
-            ]
-        groups.append({"name": name, "count": len(own), "total": int((data.labels == label).sum()), "cards": cards})
-    return groups
+    wrong, predicted = find_mistakes(shares, data.labels), torch.from_numpy(shares.argmax(1))
+    own = [wrong[data.labels[wrong] == label] for label in range(len(data.classes))]
+    shown = np.concatenate([mistakes[:SHOWN_MISTAKES] for mistakes in own])
+    images = data.images[shown]
+    glowing = (
+        overlay(images, explain(model, torch.from_numpy(images), predicted[shown]).numpy()) if len(shown) else images
+    )
+    cards: list[list[dict[str, Any]]] = [[] for _ in data.classes]
+    for i, glow in zip(shown, glowing, strict=True):
+        card = _card(data, shares, i)
+        cards[data.labels[i]].append({**card, "glow": embed_picture(glow)})
+    counts = np.bincount(data.labels, minlength=len(data.classes)).tolist()
+    return [
+        {"name": name, "count": len(mistakes), "total": total, "cards": shown}
+        for name, mistakes, total, shown in zip(data.classes, own, counts, cards, strict=True)
+    ]
+
+
+def _card(data: ImageSet, shares: np.ndarray, i: int) -> dict[str, Any]:
+    """Return what the page says of one image."""
+    predicted = int(shares[i].argmax())
+    return {
+        "name": data.names[i],
+        "picture": embed_picture(data.images[i]),
+        "right": predicted == data.labels[i],
+        "predicted": data.classes[predicted],
+        "confidence": float(shares[i].max()),
+    }
 
 
 def _show_examples(data: ImageSet, shares: np.ndarray) -> list[dict[str, Any]]:
     """Return for each class some of its images, drawn by lot, with what the model says of them."""
-    random, predicted = np.random.default_rng(0), shares.argmax(1)
+    random = np.random.default_rng(0)
     groups = []
     for label, name in enumerate(data.classes):
         some = random.permutation(np.flatnonzero(data.labels == label))[:SHOWN_EXAMPLES]
-        cards = [
-            {
-                "name": data.names[i],
-                "picture": embed_picture(data.images[i]),
-                "right": bool(predicted[i] == label),
-                "predicted": data.classes[predicted[i]],
-                "confidence": float(shares[i].max()),
-            }
-            for i in some
-        ]
-        groups.append({"name": name, "cards": cards})
+        groups.append({"name": name, "cards": [_card(data, shares, i) for i in some]})
     return groups
 
 
