@@ -164,10 +164,13 @@ def _audit(options: Namespace) -> int:
         config = _run_config(run_dir, "--data.source", "folder", "--data.path", str(folder))
         suspects = find_label_errors(run_dir, config)
         print(f"likely label errors among the validation images that are not in train: {len(suspects):,}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(audit.counts(), indent=2) + "\n")
-    if options.html:
-        write_contact_sheet(Path(options.html), folder, audit, suspects)
+    try:
+        if options.json:
+            Path(options.json).write_text(json.dumps(audit.counts(), indent=2) + "\n")
+        if options.html:
+            write_contact_sheet(Path(options.html), folder, audit, suspects)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be written: {error.strerror}") from error
     return 0
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dist_train.figures import FAINT, HAIR, INK, MUTED, OTHER, PAPER, RIGHT, WRONG
+from dist_train.files import write_file
 
 THEME = {INK: "ink", MUTED: "muted", FAINT: "muted", HAIR: "hair", PAPER: "paper", RIGHT: "right", WRONG: "wrong"}
 THEME |= {OTHER: "other"}
@@ -30,9 +31,8 @@ def write_page(file: Path, template: str, **values: Any) -> None:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.lstrip_blocks = True
     environment.filters["percent"] = _percent
-    aside = file.with_name(f".{file.name}")
-    aside.write_text(environment.get_template(template).render(values), encoding="utf-8")
-    aside.replace(file)
+    text = environment.get_template(template).render(values)
+    write_file(file, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _percent(share: float | None, digits: int = 1) -> str:

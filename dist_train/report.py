@@ -20,6 +20,7 @@ from dist_train.config import Config, DataConfig, TrainConfig
 from dist_train.data.images import ImageSet, find_leaked, load_splits
 from dist_train.evaluation import judge
 from dist_train.figures import check_history, draw_accuracy, draw_loss, new_figure, plot_reliability
+from dist_train.files import write_file
 from dist_train.model import FaceModel, load_run
 from dist_train.page import embed_figure, embed_picture, write_page
 from dist_train.processes import build_accelerator, local_main_first, on_main
@@ -60,9 +61,8 @@ def evaluate_run(run_dir: Path, config: Config, *, tta: bool = False, calibrate:
 def _write(
     run_dir: Path, report: dict[str, Any], model: FaceModel, data: ImageSet, shares: np.ndarray, source: DataConfig
 ) -> None:
-    aside = run_dir / ".report.json"
-    aside.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    aside.replace(run_dir / "report.json")
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    write_file(run_dir / "report.json", lambda file: file.write_text(text))
     bins = [Bin(row["images"], row["confidence"] or 0, row["accuracy"] or 0) for row in report["reliability"]]
     write_page(
         run_dir / "report.html",
@@ -139,11 +139,10 @@ def _show_examples(data: ImageSet, shares: np.ndarray) -> list[dict[str, Any]]:
 
 def _calibrate(run_dir: Path, model: FaceModel, fitted: float) -> None:
     """Store the temperature in best/config.json, upon the one that the model has."""
-    file, aside = run_dir / "best" / "config.json", run_dir / "best" / ".config.json"
+    file = run_dir / "best" / "config.json"
     settings = json.loads(file.read_text())
     settings["temperature"] = model.temperature * fitted
-    aside.write_text(json.dumps(settings, indent=2) + "\n")
-    aside.replace(file)
+    write_file(file, lambda aside: aside.write_text(json.dumps(settings, indent=2) + "\n"))
     logger.info("temperature %.3f is stored in %s", settings["temperature"], file)
 
 

@@ -41,7 +41,8 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     model.eval()
     try:
         layer = _choose_layer(model, inputs[:1], targets[:1])
-        maps = _attribute(model, layer, inputs, targets)[0]
+        (shares,) = _attribute(model, [layer], inputs, targets)
+        maps = _as_grid(shares.sum(layer.channels), model)
     finally:
         for module, mode in modes:  # model.train() would wake modules that are kept in eval mode
             module.training = mode
@@ -65,20 +66,19 @@ def _choose_layer(model: nn.Module, image: Tensor, target: Tensor) -> _Layer:
     layers = _find_layers(model, image)
     if not layers:
         raise ValueError("model: no layer has places that its answer could rest on")
-    for layer in layers:
-        maps, total = _attribute(model, layer, image, target)
-        if maps.abs().sum() > 1e-3 * total:
+    for layer, shares in zip(layers, _attribute(model, layers, image, target), strict=True):
+        if _as_grid(shares.sum(layer.channels), model).abs().sum() > 1e-3 * shares.abs().sum():
             return layer
     return layers[0]
 
 
-def _attribute(model: nn.Module, layer: _Layer, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what speaks for the targets at each place, [N, h, w], and the sum of all shares' sizes."""
+def _attribute(model: nn.Module, layers: list[_Layer], inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    """Return for each layer how much each of its outputs speaks for the targets."""
     from captum.attr import LayerGradientXActivation  # it imports much, and only this function needs it
 
     with torch.enable_grad():
-        shares = LayerGradientXActivation(model, layer.module).attribute(inputs.requires_grad_(), target=targets)
-    return _as_grid(shares.detach().sum(layer.channels), model), shares.detach().abs().sum()
+        attribution = LayerGradientXActivation(model, [layer.module for layer in layers])
+        return [shares.detach() for shares in attribution.attribute(inputs.requires_grad_(), target=targets)]
 
 
 def _find_layers(model: nn.Module, image: Tensor) -> list[_Layer]:

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from dist_train import FaceModel
-from dist_train.checkpoint import Epoch
 from dist_train.config import Config, DataConfig, TrainConfig
 from dist_train.data.images import load_splits
+from dist_train.state import Epoch
 from dist_train.tracking import write_history
 
 

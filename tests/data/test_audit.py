@@ -109,6 +109,13 @@ def test_other_folders_are_refused(tmp_path, name, said, capsys):
     assert said in line and name in line
 
 
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_file_that_cannot_be_written_is_named(faulty, tmp_path, option, capsys):
+    assert main(["audit", str(faulty), option, str(tmp_path / "no" / "such")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "such cannot be written: No such file" in line
+
+
 def test_a_run_points_out_wrong_labels(tmp_path, draw_folder, capsys):
     """The model is a run's; what it doubts, of images that are not in train, is what cleanlab ranks."""
     folder = draw_folder(train=70, validation=70)
