@@ -36,7 +36,7 @@ def write_page(file: Path, template: str, **values: Any) -> None:
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+    return "–" if share is None else f"{100 * share:.{digits}f}\N{NARROW NO-BREAK SPACE}%"
 
 
 def embed_picture(image: np.ndarray) -> str:

@@ -71,7 +71,7 @@ def _write(
         version=version("dist_train"),
         backbone=model.settings["backbone"],
         side=data.images.shape[-1],
-        source=source.path or "the built-in faces",
+        source=Path(source.path).resolve().name if source.path else "the built-in faces",
         curves=_draw_curves(run_dir / "history.csv"),
         reliability=embed_figure(plot_reliability(bins), "Share of right answers by confidence"),
         mistakes=_show_mistakes(model, data, shares),

@@ -51,7 +51,7 @@ def test_figures_are_those_of_sklearn_and_the_page_is_whole(tmp_path):
     page = (run_dir / "report.html").read_text()
     assert links(page) == set()
     assert page.count("<svg") == 3 and page.count("data:image/jpeg") > 20
-    assert f"{100 * report['accuracy']:.1f} %" in page
+    assert f"{100 * report['accuracy']:.1f}\N{NARROW NO-BREAK SPACE}%" in page
 
 
 def test_names_with_html_are_escaped_and_leaks_are_counted(tmp_path, hostile):
