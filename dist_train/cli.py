@@ -7,6 +7,7 @@ resumable.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -111,6 +112,68 @@ def _train(options: Namespace) -> int:
     return 0
 
 
+# evaluate
+
+
+def _add_evaluate_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--data.path", type=str, help="Where the run's data lies now, if not where it lay in training.")
+    parser.add_argument("--tta", action="store_true", help="Average over ten shifted and mirrored views of each image.")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="Store the fitted temperature with the model, which then applies it."
+    )
+
+
+def _evaluate(options: Namespace) -> int:
+    from dist_train.report import evaluate_run
+
+    run_dir, path = Path(options.run), options.data.path
+    moved = ["--data.source", "auto", "--data.path", path] if path else []
+    evaluate_run(run_dir, _run_config(run_dir, *moved), tta=options.tta, calibrate=options.calibrate)
+    return 0
+
+
+def _run_config(run_dir: Path, *options: str) -> Config:
+    """Return the Config that a run was trained with, changed by options."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{run_dir} is not a run folder: it has no config.yaml")
+    return train_config(["train", "--config", str(file), *options])
+
+
+# audit
+
+
+def _add_audit_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("dir", type=str, help="Folder with train/<class>/* and, if there is one, validation/<class>/*.")
+    parser.add_argument("--json", type=str, help="Write the counts to this file.")
+    parser.add_argument("--html", type=str, help="Write a page with the images found to this file.")
+    parser.add_argument("--run", type=str, help="Run folder whose model points out likely label errors in validation.")
+
+
+def _audit(options: Namespace) -> int:
+    from dist_train.contact_sheet import write_contact_sheet
+    from dist_train.data.audit import audit_folder
+    from dist_train.labels import find_label_errors
+
+    folder, suspects = Path(options.dir), None
+    audit = audit_folder(folder)
+    print(audit.table())
+    if options.run:
+        run_dir = Path(options.run)
+        config = _run_config(run_dir, "--data.source", "folder", "--data.path", str(folder))
+        suspects = find_label_errors(run_dir, config)
+        print(f"likely label errors among the validation images that are not in train: {len(suspects):,}")
+    try:
+        if options.json:
+            Path(options.json).write_text(json.dumps(audit.counts(), indent=2) + "\n")
+        if options.html:
+            write_contact_sheet(Path(options.html), folder, audit, suspects)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be written: {error.strerror}") from error
+    return 0
+
+
 def _keys(parser: ArgumentParser) -> list[str]:
     """Return the dotted keys of a config file."""
     return [key for key, _ in parser.get_defaults().items() if key != "config"]
@@ -193,7 +256,17 @@ COMMANDS = {
         "Train a model and leave a run folder. Without --config and --data.path: the quickstart on the built-in faces.",
         _add_train_arguments,
         _train,
-    )
+    ),
+    "evaluate": Command(
+        "Judge a run's validation images: figures, report.json and report.html in the run folder.",
+        _add_evaluate_arguments,
+        _evaluate,
+    ),
+    "audit": Command(
+        "Look for unreadable, blank, repeated, leaked and contrarily labelled images in a folder.",
+        _add_audit_arguments,
+        _audit,
+    ),
 }
 
 

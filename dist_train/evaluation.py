@@ -1,11 +1,13 @@
-"""evaluate(): loss, accuracy and confusion matrix of a model on a loader, exact over processes."""
+"""What a model makes of a data set, exact over processes: evaluate() for figures, judge() for each sample's classes."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
@@ -19,6 +21,8 @@ from dist_train.config import InputError
 from dist_train.data.loader import ImageLoader
 from dist_train.metrics import Results, Sums
 from dist_train.processes import default_accelerator
+
+JUDGED_AT_ONCE = 256
 
 
 @contextmanager
@@ -90,3 +94,44 @@ def evaluate(model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator:
     if not classes.any():
         raise InputError("the loader has no samples to evaluate")
     return (sums or Sums(int(classes.max()), accelerator.device)).reduce(accelerator)
+
+
+def judge(
+    model: nn.Module, images: np.ndarray, *, accelerator: Accelerator | None = None, tta: bool = False
+) -> np.ndarray:
+    """Return the probabilities of each image's classes, float32 [N, K], in order and the same on every process.
+
+    images: uint8 [N, C, H, W]. tta: average over ten views, the image and its mirror image, each where it is and
+    shifted a little up, down, left and right. Batches are dealt to the processes whole, so that an image is
+    computed in the same company, and to the same bits, for any number of processes.
+    """
+    accelerator = accelerator or default_accelerator()
+    model = accelerator.unwrap_model(model, keep_torch_compile=True).to(accelerator.device)
+    batches = list(torch.arange(len(images)).split(JUDGED_AT_ONCE))
+    own = range(accelerator.process_index, len(batches), accelerator.num_processes)
+    found: list[tuple[Tensor, Tensor]] = []
+    with judging(model):
+        for number in tqdm(own, "judging", leave=False, disable=None if accelerator.is_main_process else True):
+            rows = batches[number]
+            batch = torch.from_numpy(images[rows.numpy()]).to(accelerator.device)
+            views = _views(batch) if tta else [batch]
+            with accelerator.autocast():
+                shares = [model(view).float().softmax(1) for view in views]
+            found.append((rows, torch.stack(shares).mean(0)))
+    size = accelerator.gather(torch.tensor([found[0][1].shape[1] if found else 0], device=accelerator.device)).max()
+    every = torch.zeros(len(images), int(size), device=accelerator.device)
+    for rows, probabilities in found:
+        every[rows.to(accelerator.device)] = probabilities
+    return accelerator.reduce(every, "sum").cpu().numpy()  # each row is of one process, and 0 on the others
+
+
+def _views(images: Tensor) -> list[Tensor]:
+    """Return ten views of the images, [N, C, H, W] each; what a shift brings in repeats the edge."""
+    step = max(1, round(images.shape[-1] / 24))
+    shifts = ((0, 0), (step, 0), (-step, 0), (0, step), (0, -step))
+    height, width = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+    views = []
+    for base, (down, right) in itertools.product((images, images.flip(-1)), shifts):
+        rows, columns = (height - down).clamp(0, len(height) - 1), (width - right).clamp(0, len(width) - 1)
+        views.append(base[..., rows, :][..., columns])
+    return views

@@ -36,7 +36,8 @@ class FaceModel(nn.Module):
     backbone: a torchvision classifier's name, or timm/NAME; num_classes: width of the head; pretrained: start
     from the published weights; weights: a local .safetensors or .pth file to start from in their place;
     in_channels: 1 or 3, what the backbone sees; classes: the names behind the labels; image_size: side in pixels
-    of the images it is trained on, for those who use the saved model.
+    of the images it is trained on, for those who use the saved model; temperature: divides the logits, so that
+    probabilities are as sure as they are right (dist-train evaluate --calibrate finds it).
 
     Raises InputError for an unknown backbone, for weights that cannot be fetched or read, and for weights
     whose keys or shapes are not the backbone's (the head's may differ: it is then left random).
@@ -55,6 +56,7 @@ class FaceModel(nn.Module):
         in_channels: int = 3,
         classes: Sequence[str] | None = None,
         image_size: int | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.settings = {
@@ -62,9 +64,11 @@ class FaceModel(nn.Module):
             "num_classes": num_classes,
             "in_channels": in_channels,
             "image_size": image_size,
+            "temperature": temperature,
         }
         self.in_channels = in_channels
         self.image_size = image_size
+        self.temperature = temperature
         if classes is None:
             classes = CLASSES if num_classes == len(CLASSES) else [str(n) for n in range(num_classes)]
         self.classes = tuple(classes)
@@ -87,7 +91,14 @@ class FaceModel(nn.Module):
         elif images.shape[1] < self.in_channels:
             images = images.expand(-1, self.in_channels, -1, -1)
         logits: Tensor = self.backbone((images - self.mean) / self.std)
-        return logits
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def check_classes(self, classes: tuple[str, ...], source: str) -> None:
+        """Raise InputError if a data set's classes are not those that the model, from `source`, knows."""
+        if classes != self.classes:
+            raise InputError(
+                f"data.path: its classes are {', '.join(classes)}, but those of {source} are {', '.join(self.classes)}"
+            )
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write model.safetensors and config.json, all that load_run needs; `state`: in place of its own weights."""

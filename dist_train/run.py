@@ -32,12 +32,16 @@ from dist_train.checkpoint import Checkpointer, check_checkpoint, find_checkpoin
 from dist_train.config import Config, InputError
 from dist_train.data.images import ImageSet, load_splits
 from dist_train.data.loader import ImageLoader
+from dist_train.evaluation import judge
 from dist_train.faults import Interrupted, TrainingError, Watch
-from dist_train.figures import plot_confusion, plot_history, view_results
+from dist_train.figures import plot_confusion, plot_history
 from dist_train.files import write_file
 from dist_train.model import FaceModel, load_run
 from dist_train.optim import build_optimizer, build_schedule
+from dist_train.pictures import view_results
 from dist_train.processes import build_accelerator, local_main_first, on_main
+from dist_train.saliency import explain, overlay
+from dist_train.scores import count_confusion, find_mistakes
 from dist_train.state import Progress
 from dist_train.tracking import Tracker, check_tracker, tracker_kind
 from dist_train.training import History, train
@@ -76,7 +80,7 @@ ORIGIN = (
     "save.best_on",
 )
 PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
-MISTAKE_COLUMNS = ["image", "name", "real", "predicted", "confidence"]
+MISTAKE_COLUMNS = ["image", "saliency", "name", "real", "predicted", "confidence"]
 
 
 def run_training(config: Config, *, overwrite: bool = False) -> Path:
@@ -139,7 +143,7 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
             checkpointer.flush()
             if accelerator.is_main_process:
                 _write_summary(run_dir, progress, run_id, accelerator)
-                _leave_pictures(run_dir, history, splits[1], tracker, accelerator)
+            _leave_pictures(run_dir, history, splits[1], tracker, accelerator)
             tracker.finish()
         except Interrupted:
             tracker.finish(failed=True)
@@ -263,44 +267,49 @@ def _origin(config: Config, splits: tuple[ImageSet, ImageSet]) -> dict[str, Any]
 def _leave_pictures(
     run_dir: Path, history: History, validation: ImageSet, tracker: Tracker, accelerator: Accelerator
 ) -> None:
-    """Judge the validation images with the best model; leave the figures in the folder and with the tracker."""
-    if not (run_dir / "best").is_dir():
+    """Judge the validation images with the best model; leave the figures in the folder and with the tracker.
+
+    Called on every process, as all judge.
+    """
+    if not on_main(accelerator, (run_dir / "best").is_dir):  # which the main process wrote
         logger.warning("no epoch had a finite validation figure: there is no best model and there are no pictures")
         return
-    model = load_run(run_dir).to(accelerator.device)
-    with torch.inference_mode(), accelerator.autocast():
-        chunks = torch.from_numpy(validation.images).split(256)
-        shares = torch.cat([model(chunk.to(accelerator.device)).float().softmax(1).cpu() for chunk in chunks]).numpy()
-    confusion = np.zeros((len(model.classes),) * 2, dtype=np.int64)
-    np.add.at(confusion, (validation.labels, shares.argmax(1)), 1)
+    model = load_run(run_dir)
+    shares = judge(model, validation.images, accelerator=accelerator)
+    if not accelerator.is_main_process:
+        return
     some = np.random.default_rng(0).permutation(len(validation))[:SHOWN_IMAGES]
     figures = {
         "curves": plot_history(history),
         "predictions": view_results(
             validation.images[some], validation.labels[some], classes=model.classes, probabilities=shares[some]
         ),
-        "confusion_matrix": plot_confusion(confusion, model.classes),
+        "confusion_matrix": plot_confusion(count_confusion(shares, validation.labels), model.classes),
     }
     figures["curves"].savefig(run_dir / "curves.png")
     figures["predictions"].savefig(run_dir / "predictions.png")
     tracker.log_pictures({name: _pixels(figure) for name, figure in figures.items()})
-    tracker.log_table("misclassified", MISTAKE_COLUMNS, _list_mistakes(validation, shares))
+    if tracker.kind == "wandb":
+        tracker.log_table("misclassified", MISTAKE_COLUMNS, _list_mistakes(model, validation, shares))
 
 
-def _list_mistakes(data: ImageSet, shares: np.ndarray) -> list[list[Any]]:
+def _list_mistakes(model: FaceModel, data: ImageSet, shares: np.ndarray) -> list[list[Any]]:
     """Return a row for each of the most confident mistakes; shares: float [N, K], summing to 1."""
-    predicted, confidence = shares.argmax(1), shares.max(1)
-    wrong = np.flatnonzero(predicted != data.labels)
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:LISTED_MISTAKES]
+    wrong = find_mistakes(shares, data.labels)[:LISTED_MISTAKES]
+    if not len(wrong):
+        return []
+    images, predicted = data.images[wrong], shares[wrong].argmax(1)
+    glowing = overlay(images, explain(model, torch.from_numpy(images), torch.from_numpy(predicted)).numpy())
     return [
         [
-            data.images[i].transpose(1, 2, 0).squeeze(),
+            images[row].transpose(1, 2, 0).squeeze(),
+            glowing[row],
             data.names[i],
             data.classes[data.labels[i]],
-            data.classes[predicted[i]],
-            float(confidence[i]),
+            data.classes[predicted[row]],
+            float(shares[i].max()),
         ]
-        for i in wrong
+        for row, i in enumerate(wrong)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,3 +86,36 @@ def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Iterator[Callable[[Path, str, int], None]]:
+    """Return a function that opens a page in Chromium and fails for any fault."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+        def open_page(file: Path, scheme: str, width: int) -> None:
+            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+            page, said = context.new_page(), []
+            page.on("console", lambda message: said.append(message.text))
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.on("request", lambda request: said.append(request.url))
+            page.goto(file.as_uri())
+            found = Axe().run(page).response["violations"]
+            faults = [(f["id"], f["nodes"][0]["html"][:200]) for f in found if f["impact"] in ("serious", "critical")]
+            assert faults == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
+            page.evaluate("for (const image of document.images) image.loading = 'eager'")
+            page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+            page.screenshot(path=tmp_path / f"{file.stem}_{scheme}_{width}.png", full_page=True)
+            assert [text for text in said if not text.startswith(("data:", file.as_uri()))] == []
+            context.close()
+
+        yield open_page
+        browser.close()

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from dist_train.config import CLASSES
-from dist_train.figures import plot_confusion, plot_history, view_results
+from dist_train.figures import plot_confusion, plot_history
+from dist_train.pictures import view_results
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -236,3 +239,14 @@ def test_figures_show_themselves_in_notebooks_and_never_load_pyplot():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert done.stdout.split() == ["PNG", "False"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_figures_are_logged_to_wandb(tmp_path):
+    with wandb.init(mode="offline", dir=tmp_path) as run:
+        figures = [plot_history([[1.0, 2.0]] * 4), view_results(pictures(2), [0, 1])]
+        run.log({f"figure {i}": wandb.Image(figure) for i, figure in enumerate(figures)})
+        sizes = [figure.canvas.get_width_height() for figure in figures]
+    for file, size in zip(sorted(tmp_path.rglob("media/images/*.png")), sizes, strict=True):
+        with Image.open(file) as picture:
+            assert picture.size == size

@@ -35,6 +35,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "test")
 FER2013_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 FER2013_USAGES = {"Training": "train", "PublicTest": "validation"}
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad file
 SHOWN = 20
 
 
@@ -109,7 +110,7 @@ def _load_source(config: DataConfig) -> Splits:
             return _cached(config, stamp, lambda: _read_fer2013(path, config))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
-    files = {split: _list_files(folder) for split, folder in _split_folders(path).items()}
+    files = {split: list_files(folder) for split, folder in split_folders(path).items()}
     classes = _class_names(path, files)
     stamp = [
         str(path.resolve()),
@@ -132,7 +133,7 @@ def _load_synthetic(config: DataConfig) -> Splits:
 # Class folders
 
 
-def _split_folders(path: Path) -> dict[str, Path]:
+def split_folders(path: Path) -> dict[str, Path]:
     """Return the folders of the splits under `path`; one without split folders is all train."""
     found = {}
     for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
@@ -144,7 +145,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
     return found
 
 
-def _list_files(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Return all image files under `folder`/<class>/, sorted, by the file endings that PIL knows."""
     endings = Image.registered_extensions()
     files = [
@@ -159,7 +160,7 @@ def _list_files(folder: Path) -> list[Path]:
 
 def _class_names(path: Path, files: dict[str, list[Path]]) -> tuple[str, ...]:
     names: set[str] = set()
-    for split, folder in _split_folders(path).items():
+    for split, folder in split_folders(path).items():
         found = {kind.name for kind in folder.iterdir() if kind.is_dir() and not kind.name.startswith(".")}
         used = {file.relative_to(folder).parts[0] for file in files[split]}
         if not found:
@@ -175,7 +176,7 @@ def _decode_folders(path: Path, files: dict[str, list[Path]], classes: tuple[str
     decoded, bad = _decode(every, config)
     _tell_bad(bad, f"{len(every)} images under {path}", config.skip_bad)
     splits = {}
-    for split, folder in _split_folders(path).items():
+    for split, folder in split_folders(path).items():
         good = [file for file in files[split] if decoded[file] is not None]
         labels = np.array([classes.index(file.relative_to(folder).parts[0]) for file in good], dtype=np.int64)
         images = _stack([decoded[file] for file in good], config.image_size)
@@ -199,7 +200,7 @@ def _decode(files: Sequence[Path], config: DataConfig) -> tuple[dict[Path, np.nd
     def decode(file: Path) -> np.ndarray | Exception:
         try:
             return decode_image(file, config.image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return error
 
     with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool:
@@ -214,13 +215,17 @@ def decode_image(file: Path, size: int) -> np.ndarray:
     It is turned as its EXIF says, then scaled and cropped around the centre to the square. Raises what PIL
     raises for a file it cannot read.
     """
+    return np.asarray(ImageOps.fit(read_image(file), (size, size), Image.Resampling.BILINEAR))
+
+
+def read_image(file: Path) -> Image.Image:
+    """Return one image file in its own size, turned as its EXIF says, in mode L if it is gray, else RGB."""
     with Image.open(file) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in ("I", "I;16", "F"):  # 16-bit gray: PIL would clip to 8 bits, not scale
             values = np.asarray(upright, dtype=np.float32)
             upright = Image.fromarray((values / max(values.max(), 255.0) * 255).astype(np.uint8))
-        upright = upright.convert("L" if upright.mode in GRAY_MODES else "RGB")
-        return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
+        return upright.convert("L" if upright.mode in GRAY_MODES else "RGB")
 
 
 def _stack(arrays: Sequence[np.ndarray | None], size: int) -> np.ndarray:
@@ -311,13 +316,19 @@ def _split_off_validation(train: ImageSet, share: float) -> tuple[ImageSet, Imag
 
 
 def _drop_leaked(train: ImageSet, validation: ImageSet) -> ImageSet:
-    seen = {_digest(image) for image in train.images}
-    clean = np.array([_digest(image) not in seen for image in validation.images])
-    logger.info("data: %d validation images that are also in train left out", len(clean) - clean.sum())
-    return validation.subset(np.flatnonzero(clean))
+    leaked = find_leaked(train, validation)
+    logger.info("data: %d validation images that are also in train left out", leaked.sum())
+    return validation.subset(np.flatnonzero(~leaked))
 
 
-def _digest(image: np.ndarray) -> bytes:
+def find_leaked(train: ImageSet, validation: ImageSet) -> np.ndarray:
+    """Return which validation images, bool [N], have the very pixels of an image of train."""
+    seen = {digest(image) for image in train.images}
+    return np.array([digest(image) in seen for image in validation.images], dtype=bool)
+
+
+def digest(image: np.ndarray) -> bytes:
+    """Return what stands for an image's pixels: equal for equal arrays."""
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
