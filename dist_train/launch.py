@@ -176,8 +176,8 @@ def run(command: Sequence[str]) -> int:
         return _exit_code({failure.exitcode for failure in error.failures.values()})
     except subprocess.CalledProcessError as error:
         return _exit_code({error.returncode})
-    except SignalException as error:
-        return 128 + error.sigval
+    except SignalException as error:  # torch before 2.9 keeps our signals to itself and gives the processes 30 s
+        return RESUMABLE if error.sigval in FORWARDED else 128 + error.sigval
     except (ConnectionError, DistError) as error:
         raise InputError(f"launch: the machines cannot meet: {' '.join(str(error).split())[:300]}") from error
     return 0

@@ -9,11 +9,18 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from dist_train.config import InputError, TrainConfig
 
@@ -37,7 +44,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=_longest_wait())),
+        ],
     )
     _check_processes(accelerator)
     if cpu and config.sync_batchnorm:
@@ -84,6 +94,14 @@ def _check_launch() -> None:
             "MASTER_ADDR: accelerate launch was asked for several processes but started one (it does so with --cpu and "
             f"with distributed_type MULTI_CPU); {MULTI_CPU_WAY}, or unset MASTER_ADDR for one process"
         )
+
+
+def _longest_wait() -> int:
+    """Return the seconds after which a process that waits for the others gives up (a cut network, a frozen machine)."""
+    seconds = os.environ.get("DIST_TRAIN_TIMEOUT", "600")
+    if not seconds.isdecimal() or seconds == "0":
+        raise InputError(f"DIST_TRAIN_TIMEOUT: {seconds!r} is not allowed; expected a whole number of seconds")
+    return int(seconds)
 
 
 def _check_processes(accelerator: Accelerator) -> None:
