@@ -243,6 +243,23 @@ def _launch(options: Namespace) -> int:
     return 0 if options.dry_run else run(command)
 
 
+# doctor
+
+
+def _add_doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--run_dir", default="runs", help="The run folder to be: is it shared, is there space?")
+    parser.add_argument("--wait", type=float, default=60.0, help="Seconds in which all processes must have come.")
+
+
+def _doctor(options: Namespace) -> int:
+    from dist_train.doctor import examine
+
+    findings, bad = examine(Path(options.run_dir), options.wait)
+    for check, verdict, found, remedy in findings:
+        print(f"{verdict:<5} {check:<15} {found}" + (f"\n      {'remedy:':>15} {remedy}" if remedy else ""), flush=True)
+    return int(bad)
+
+
 COMMANDS = {
     "train": Command(
         "Train a model and leave a run folder. Without --config and --data.path: the quickstart on the built-in faces.",
@@ -253,6 +270,11 @@ COMMANDS = {
         "Start a command, train if none is named, on every GPU of this machine; once per machine for several.",
         _add_launch_arguments,
         _launch,
+    ),
+    "doctor": Command(
+        "Check what usually goes wrong before a long job; under a launcher, on all processes together.",
+        _add_doctor_arguments,
+        _doctor,
     ),
 }
 LAUNCH_VALUES = ("--processes", "--nodes", "--precision", "--log_dir")

@@ -40,7 +40,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = choose_precision(config.precision, cpu)
-    _check_launch()
+    check_launch()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
@@ -79,7 +79,7 @@ def _cpu_computes_bf16() -> bool:
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _check_launch() -> None:
+def check_launch() -> None:
     """Refuse a launcher that meant several processes and started one, before anything waits for the others."""
     rank = any(name in os.environ for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
     if rank:

@@ -62,8 +62,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         subprocess.run([CLUSTER, "stop", cluster], check=True, timeout=60)
 
 
-def submit(*options: str) -> str:
-    return shell("sbatch", "--parsable", *PLACE, "launch/slurm/train.sbatch", *TRAINING, *options).strip()
+def submit(*place: str, run_dir: str | None = None) -> str:
+    """Submit the recipe with sbatch's options `place` and return the job."""
+    folder = ("--run_dir", run_dir) if run_dir else ()
+    return shell("sbatch", "--parsable", *PLACE, *place, "launch/slurm/train.sbatch", *TRAINING, *folder).strip()
 
 
 def show(job: str) -> dict[str, str]:
@@ -90,11 +92,11 @@ def losses(run_dir: Path) -> tuple[list[list[str]], dict[int, float], set[str]]:
 @pytest.mark.usefixtures("slurm")
 def test_a_signalled_job_saves_is_queued_again_and_finishes_as_if_undisturbed():
     whole, cut = Path("runs/whole"), Path("runs/cut")
-    job = submit("--run_dir", str(whole))
+    job = submit(run_dir=str(whole))
     wait_until(lambda: show(job)["JobState"] == "COMPLETED", 240, f"dist_train-{job}.log")
     assert json.loads((whole / "summary.json").read_text())["world_size"] == 2
 
-    job = submit("--run_dir", str(cut))
+    job = submit(run_dir=str(cut))
     log = f"dist_train-{job}.log"
     wait_until((cut / "history.csv").exists, 120, log)
     shell("scancel", "--signal=USR1", job)
@@ -118,7 +120,9 @@ def test_a_signalled_job_saves_is_queued_again_and_finishes_as_if_undisturbed():
 
 @pytest.mark.usefixtures("slurm")
 def test_an_array_trains_once_for_each_line_of_the_sweep():
-    Path("launch/slurm/sweep.txt").write_text("--optim.lr 0.01 --train.max_steps 2\n--optim.lr 0.02 --train.max_steps 2\n")
+    Path("launch/slurm/sweep.txt").write_text(
+        "--optim.lr 0.01 --train.max_steps 2\n--optim.lr 0.02 --train.max_steps 2\n"
+    )
     options = ("--track.tool", "none")
     job = shell("sbatch", "--parsable", "--array=1-2", *PLACE, "launch/slurm/train.sbatch", *TRAINING, *options).strip()
     wait_until(lambda: not shell("squeue", "-h", "-u", "root"), 240, f"dist_train-{job}.log")
