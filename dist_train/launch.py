@@ -184,13 +184,16 @@ def run(command: Sequence[str]) -> int:
 
 
 def _forward(number: int, frame: FrameType | None) -> None:
-    """Pass a signal on to the processes that were started; end if there are none yet."""
+    """Pass a signal on to the processes that were started; end if there are none yet.
+
+    SIGINT goes on as SIGTERM: a terminal has sent it to all already, and a second one would interrupt them at once.
+    """
     children = psutil.Process().children()
     if not children:
         sys.exit(RESUMABLE)
     for child in children:
         with suppress(psutil.NoSuchProcess):
-            child.send_signal(number)
+            child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def _exit_code(codes: set[int]) -> int:

@@ -50,9 +50,10 @@ CONF
     munged --force --key-file "$dir/munge.key" --socket "$dir/munge.socket" --pid-file "$dir/munged.pid" \
         --seed-file "$dir/munge.seed" --log-file "$dir/munged.log"
     slurmctld -f "$SLURM_CONF"
-    for node in node1 node2; do
+    for number in 1 2; do # each node has a core of its own, where there are two
         # shellcheck disable=SC2016
-        unshare --mount sh -c 'mount --bind "$1/hosts" /etc/hosts && exec slurmd -f "$SLURM_CONF" -N "$2"' sh "$dir" "$node"
+        unshare --mount sh -c 'mount --bind "$1/hosts" /etc/hosts && exec taskset --cpu-list "$3" slurmd -f "$SLURM_CONF" -N "$2"' \
+            sh "$dir" "node$number" $(((number - 1) % $(nproc)))
     done
     for _ in $(seq 60); do
         [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 2 ] && return
