@@ -12,7 +12,7 @@ import platform
 import shutil
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from dist_train.config import InputError
 from dist_train.processes import check_launch
@@ -71,7 +72,7 @@ def _collect(run_dir: Path, world: World) -> Facts:
         token.write_text("dist-train doctor looks whether all machines see this file\n")
     except OSError as error:
         fault = error.strerror or "cannot be written"
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
     shm = Path("/dev/shm")
     return {
         "rank": world.rank,
@@ -118,7 +119,7 @@ def _wandb() -> tuple[str, str]:
 # What they find together
 
 
-def _examine_together(store: dist.TCPStore, world: World, facts: Facts, wait: float) -> tuple[list[Finding], bool]:
+def _examine_together(store: TCPStore, world: World, facts: Facts, wait: float) -> tuple[list[Finding], bool]:
     """Exchange the facts, try the all-reduce if all came, and report on rank 0."""
     me = f"doctor/{world.rank}"
     if store.add(f"{me}/count", 1) > 1:
@@ -161,7 +162,7 @@ def _judge_processes(came: Sequence[Facts], size: int) -> list[Finding]:
     missing = [str(rank) for rank in range(size) if rank not in here]
     sizes = {facts["world_size"] for facts in came}
     if missing or len(sizes) > 1:
-        said = _by_value(came, lambda facts: str(facts["world_size"]))
+        said = _by_value(came, [facts["world_size"] for facts in came])
         found = f"{len(came)} came" + (f", without rank {', '.join(missing)}" if missing else "")
         remedy = "WORLD_SIZE: say on all how many processes are started, over all machines together, and start as many"
         return [Finding("processes", "bad", f"{found}; WORLD_SIZE is {said}", remedy)]
@@ -172,11 +173,10 @@ def _judge_versions(facts: Sequence[Facts]) -> Finding:
     remedy = "use the same environment on all machines (one image, or one folder on the shared file system)"
     for name in facts[0]["versions"]:
         if len({process["versions"][name] for process in facts}) > 1:
-            said = _by_value(facts, lambda process, name=name: f"{process['versions'][name]}")
+            said = _by_value(facts, [process["versions"][name] for process in facts])
             return Finding("versions", "bad", f"{name} is {said}", remedy)
-    return Finding(
-        "versions", "ok", ", ".join(f"{name} {value}" for name, value in facts[0]["versions"].items() if value)
-    )
+    said = ", ".join(f"{name} {value}" for name, value in facts[0]["versions"].items() if value)
+    return Finding("versions", "ok", said)
 
 
 def _judge_gpus(facts: Sequence[Facts]) -> Finding:
@@ -210,7 +210,7 @@ def _judge_space(facts: Sequence[Facts]) -> list[Finding]:
     remedy = "free space, or name another --run_dir"
     findings.append(_judge_size("disk", least, least["disk"], DISK_NEEDED, remedy, f" in {least['folder']}"))
     if any(process["fault"] for process in facts):
-        said = _by_value(facts, lambda process: process["fault"] or "writable")
+        said = _by_value(facts, [process["fault"] or "writable" for process in facts])
         findings.append(Finding("run folder", "bad", f"{facts[0]['folder']}: {said}", "name a --run_dir you may write"))
     return findings
 
@@ -238,12 +238,12 @@ def _judge_folder(facts: Sequence[Facts], blind: Sequence[bool]) -> Finding:
     return Finding("shared folder", "bad", f"{folder}: ranks {said} do not see the files of others", remedy)
 
 
-def _by_value(facts: Sequence[Facts], value: Callable[[Facts], str]) -> str:
+def _by_value(facts: Sequence[Facts], values: Sequence[Any]) -> str:
     """Return the distinct values with their ranks: 2 on rank 0, 3 on rank 1."""
     ranks: dict[str, list[str]] = defaultdict(list)
-    for process in facts:
-        ranks[value(process)].append(str(process["rank"]))
-    return ", ".join(f"{name} on rank {' '.join(some)}" for name, some in ranks.items())
+    for process, value in zip(facts, values, strict=True):
+        ranks[str(value)].append(str(process["rank"]))
+    return ", ".join(f"{value} on rank {' '.join(some)}" for value, some in ranks.items())
 
 
 def _any_bad(findings: Sequence[Finding]) -> bool:

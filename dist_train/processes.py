@@ -46,7 +46,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=precision,
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=_longest_wait())),
+            InitProcessGroupKwargs(timeout=longest_wait()),
         ],
     )
     _check_processes(accelerator)
@@ -96,12 +96,12 @@ def check_launch() -> None:
         )
 
 
-def _longest_wait() -> int:
-    """Return the seconds after which a process that waits for the others gives up (a cut network, a frozen machine)."""
+def longest_wait() -> timedelta:
+    """Return after how long a process that waits for the others gives up (a cut network, a frozen machine)."""
     seconds = os.environ.get("DIST_TRAIN_TIMEOUT", "600")
     if not seconds.isdecimal() or seconds == "0":
         raise InputError(f"DIST_TRAIN_TIMEOUT: {seconds!r} is not allowed; expected a whole number of seconds")
-    return int(seconds)
+    return timedelta(seconds=int(seconds))
 
 
 def _check_processes(accelerator: Accelerator) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from dist_train.config import InputError
 
@@ -56,7 +57,7 @@ def find_world() -> World:
     return World(rank, size, local_rank, os.environ.get("MASTER_ADDR", ""), port)
 
 
-def meet(world: World, wait: float) -> tuple[dist.TCPStore | None, list[Finding]]:
+def meet(world: World, wait: float) -> tuple[TCPStore | None, list[Finding]]:
     """Return the store of rank 0, or None and why it cannot be reached."""
     place = f"{world.host}:{world.port}"
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -66,9 +67,7 @@ def meet(world: World, wait: float) -> tuple[dist.TCPStore | None, list[Finding]
     if fault is None:
         try:
             limit = timedelta(seconds=wait)
-            return dist.TCPStore(
-                world.host, world.port, None, is_master=serves, timeout=limit, wait_for_workers=False
-            ), []
+            return TCPStore(world.host, world.port, None, is_master=serves, timeout=limit, wait_for_workers=False), []
         except (dist.DistError, OSError) as error:
             remedy = "choose another MASTER_PORT that is free on the machine of rank 0, the same on all machines"
             fault = Finding("meeting rank 0", "bad", f"{place}: {_one_line(error)}", remedy)
@@ -104,14 +103,14 @@ def _knock(world: World, place: str, wait: float) -> Finding | None:
         time.sleep(0.2)
 
 
-def gather(store: dist.TCPStore, size: int, key: str, wait: float) -> list[Any]:
+def gather(store: TCPStore, size: int, key: str, wait: float) -> list[Any]:
     """Return what the processes wrote under `key`, without those that did not come in time."""
     end = time.monotonic() + wait
     found = (read(store, key.format(rank), max(0.1, end - time.monotonic())) for rank in range(size))
     return [value for value in found if value is not None]
 
 
-def read(store: dist.TCPStore, key: str, wait: float) -> Any:
+def read(store: TCPStore, key: str, wait: float) -> Any:
     try:
         store.wait([key], timedelta(seconds=wait))
         return json.loads(store.get(key))
@@ -119,7 +118,7 @@ def read(store: dist.TCPStore, key: str, wait: float) -> Any:
         return None
 
 
-def all_reduce(store: dist.TCPStore, world: World, wait: float) -> Finding:
+def all_reduce(store: TCPStore, world: World, wait: float) -> Finding:
     """Add up a tensor over all processes, several times; judge sum and speed."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
@@ -129,7 +128,7 @@ def all_reduce(store: dist.TCPStore, world: World, wait: float) -> Finding:
     )
     try:
         limit = timedelta(seconds=wait)
-        group = dist.PrefixStore("doctor/group", store)
+        group = PrefixStore("doctor/group", store)
         dist.init_process_group(backend, store=group, rank=world.rank, world_size=world.size, timeout=limit)
         for number in range(ROUNDS + 1):
             if number == 1:  # the first one connects

@@ -6,9 +6,11 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,8 @@ def finish(machines: list[subprocess.Popen[str]], seconds: float) -> list[str]:
         return [machine.communicate(timeout=seconds)[1] for machine in machines]
     finally:
         for machine in machines:
-            machine.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(machine.pid, signal.SIGKILL)
 
 
 def wait_for_an_epoch(run_dir: Path, machines: list[subprocess.Popen[str]]) -> None:
