@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dist_train.config import InputError
 
@@ -61,9 +61,7 @@ def meet(world: World, wait: float) -> tuple[TCPStore | None, list[Finding]]:
     """Return the store of rank 0, or None and why it cannot be reached."""
     place = f"{world.host}:{world.port}"
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    fault: Finding | None = None
-    if not serves:
-        fault = _knock(world, place, wait)
+    fault = None if serves else _knock(world, place, wait)
     if fault is None:
         try:
             limit = timedelta(seconds=wait)
