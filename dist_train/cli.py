@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -75,6 +76,8 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
         command.add_arguments(parsers[name])
         commands.add_subcommand(name, parsers[name], help=command.help)
     keys = _keys(parsers[arguments[0]]) if arguments[:1] and arguments[0] in parsers else []
+    if arguments[:1] == ["launch"]:
+        arguments = _split_launch(arguments)
     if arguments[:1] == ["train"]:
         arguments = _with_quickstart(arguments)
         _check_config_file(arguments, keys)
@@ -251,6 +254,75 @@ def _kind_in_words(kind: str) -> str:
     return words.get(name, name)
 
 
+# launch
+
+
+def _add_launch_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes", help="Processes on this machine; auto: one per GPU, one on a CPU.", default="auto"
+    )
+    parser.add_argument("--nodes", type=int, help="Machines, where neither SLURM nor Kubernetes says how many.")
+    parser.add_argument("--precision", choices=["auto", "no", "fp16", "bf16"], help="Short for --train.precision.")
+    parser.add_argument("--log_dir", help="Folder for the output of each process, besides the common one.")
+    parser.add_argument("--dry-run", action="store_true", help="Print the command and start nothing.")
+    parser.add_argument("arguments", nargs="*", help="A command and its options, or the options of train.")
+
+
+def _split_launch(arguments: list[str]) -> list[str]:
+    """Put launch's own options first, then -- and what belongs to the command that it starts."""
+    own: list[str] = []
+    rest: list[str] = []
+    left = iter(arguments[1:])
+    for argument in left:
+        name, equals, _ = argument.partition("=")
+        if argument == "--":
+            rest += left
+        elif name in LAUNCH_VALUES:
+            own += [argument] if equals else [argument, *([value] if (value := next(left, None)) else [])]
+        elif name in LAUNCH_FLAGS and not (rest and name != "--dry-run"):
+            own.append(argument)
+        else:
+            rest.append(argument)
+    return ["launch", *own, "--", *rest]
+
+
+def _launch(options: Namespace) -> int:
+    from dist_train.launch import choose_command, choose_processes, find_place, run
+
+    arguments = options.arguments or []
+    if not arguments or arguments[0].startswith("-"):
+        arguments = ["train", *arguments]
+    if options.precision:
+        arguments += ["--train.precision", options.precision]
+    if arguments[0] == "launch":
+        raise InputError("launch: cannot launch itself; name another command, or the options of train")
+    parse(arguments)  # so that a fault is told once, before anything is started
+    if options.processes != "auto" and not (options.processes.isdecimal() and int(options.processes)):
+        raise InputError(f"--processes: {options.processes!r} is not allowed; expected auto or a whole number >= 1")
+    place = find_place(os.environ, options.nodes)
+    asked = None if options.processes == "auto" else int(options.processes)
+    command = choose_command(arguments, *choose_processes(os.environ, asked), place, options.log_dir)
+    print(shlex.join(command), flush=True)
+    return 0 if options.dry_run else run(command)
+
+
+# doctor
+
+
+def _add_doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--run_dir", default="runs", help="The run folder to be: is it shared, is there space?")
+    parser.add_argument("--wait", type=float, default=60.0, help="Seconds in which all processes must have come.")
+
+
+def _doctor(options: Namespace) -> int:
+    from dist_train.doctor import examine
+
+    findings, bad = examine(Path(options.run_dir), options.wait)
+    for check, verdict, found, remedy in findings:
+        print(f"{verdict:<5} {check:<15} {found}" + (f"\n      {'remedy:':>15} {remedy}" if remedy else ""), flush=True)
+    return int(bad)
+
+
 COMMANDS = {
     "train": Command(
         "Train a model and leave a run folder. Without --config and --data.path: the quickstart on the built-in faces.",
@@ -267,7 +339,19 @@ COMMANDS = {
         _add_audit_arguments,
         _audit,
     ),
+    "launch": Command(
+        "Start a command, train if none is named, on every GPU of this machine; once per machine for several.",
+        _add_launch_arguments,
+        _launch,
+    ),
+    "doctor": Command(
+        "Check what usually goes wrong before a long job; under a launcher, on all processes together.",
+        _add_doctor_arguments,
+        _doctor,
+    ),
 }
+LAUNCH_VALUES = ("--processes", "--nodes", "--precision", "--log_dir")
+LAUNCH_FLAGS = ("--dry-run", "-h", "--help")
 
 
 def _set_up_logging(main_process: bool) -> None:

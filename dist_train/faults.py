@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 from dist_train.checkpoint import Checkpointer
 from dist_train.data.loader import Batch
 from dist_train.files import write_file
+from dist_train.processes import longest_wait
 from dist_train.state import TrainState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -58,7 +59,8 @@ class Watch:
         self.max_bad_steps, self.names = max_bad_steps, names
         self.signal: str | None = None
         # gloo, not the training's own backend: the agreement is between hosts, and no device waits for it
-        self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        several = accelerator.num_processes > 1
+        self.group: Any = distributed.new_group(backend="gloo", timeout=longest_wait()) if several else None
         self.finite, self.stop = True, False
         self._seen: list[Tensor] = []
         self._copied = torch.cuda.Event() if accelerator.device.type == "cuda" else None

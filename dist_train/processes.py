@@ -9,11 +9,18 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from dist_train.config import InputError, TrainConfig
 
@@ -33,11 +40,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = choose_precision(config.precision, cpu)
-    _check_launch()
+    check_launch()
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=longest_wait()),
+        ],
     )
     _check_processes(accelerator)
     if cpu and config.sync_batchnorm:
@@ -69,7 +79,7 @@ def _cpu_computes_bf16() -> bool:
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _check_launch() -> None:
+def check_launch() -> None:
     """Refuse a launcher that meant several processes and started one, before anything waits for the others."""
     rank = any(name in os.environ for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
     if rank:
@@ -84,6 +94,14 @@ def _check_launch() -> None:
             "MASTER_ADDR: accelerate launch was asked for several processes but started one (it does so with --cpu and "
             f"with distributed_type MULTI_CPU); {MULTI_CPU_WAY}, or unset MASTER_ADDR for one process"
         )
+
+
+def longest_wait() -> timedelta:
+    """Return after how long a process that waits for the others gives up (a cut network, a frozen machine)."""
+    seconds = os.environ.get("DIST_TRAIN_TIMEOUT", "600")
+    if not seconds.isdecimal() or seconds == "0":
+        raise InputError(f"DIST_TRAIN_TIMEOUT: {seconds!r} is not allowed; expected a whole number of seconds")
+    return timedelta(seconds=int(seconds))
 
 
 def _check_processes(accelerator: Accelerator) -> None:

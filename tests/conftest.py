@@ -20,7 +20,7 @@ from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "launch" / "accelerate"
-LAUNCHERS = ("ACCELERATE_", "MASTER_", "WANDB_", "OMP_")
+LAUNCHERS = ("ACCELERATE_", "MASTER_", "WANDB_", "OMP_", "PET_", "SLURM_", "GLOO_", "DIST_TRAIN_")
 
 
 @pytest.fixture(autouse=True)

@@ -40,3 +40,8 @@ def read_config(file: Path) -> dict[str, Any]:
             for item in update.update:
                 config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
     return config
+
+
+def read_run_id(file: Path) -> str:
+    """Return the run's id."""
+    return next(record.run.run_id for record in read_records(file) if record.HasField("run"))

@@ -145,6 +145,17 @@ def test_the_recipe_of_several_machines_trains_over_two_launchers(tmp_path):
     assert summary(run_dir)["world_size"] == 2
 
 
+def test_dist_train_launch_starts_one_training_on_two_processes(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "dist_train", "launch", "--processes", "2", "--log_dir", str(tmp_path / "logs")]
+    command += [*SMOKE[2:], "--run_dir", str(run_dir), "--track.tool", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.startswith("accelerate launch --multi_gpu --num_processes 2 ")
+    assert summary(run_dir)["world_size"] == 2
+    assert {file.parent.name for file in (tmp_path / "logs").rglob("stderr.log")} == {"0", "1"}
+
+
 def test_launches_that_start_fewer_processes_than_asked_are_refused(launch, tmp_path):
     (tmp_path / "multi_cpu.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\n"
