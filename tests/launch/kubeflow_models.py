@@ -1,7 +1,8 @@
-"""Read manifests (arguments) into Kubeflow's own models and tell what is lost: unknown keys, by file; wrong types raise."""
+"""Read manifests (arguments) into Kubeflow's own models; print the keys lost, unknown ones, by file."""
 
 import json
 import sys
+from pathlib import Path
 
 import yaml
 from kubeflow.training import models as v1
@@ -32,6 +33,6 @@ def paths(value, path=""):
 
 lost = {}
 for file in sys.argv[1:]:
-    for manifest in yaml.safe_load_all(open(file)):
+    for manifest in yaml.safe_load_all(Path(file).read_text()):
         lost.setdefault(file, []).extend(paths(manifest) ^ paths(read(manifest)))
-print(json.dumps(lost))
+sys.stdout.write(json.dumps(lost))

@@ -121,5 +121,5 @@ def test_pods_started_anew_go_on_where_an_evicted_one_left_them(tmp_path):
     assert not (run_dir / "summary.json").exists()
     pods = start_pods(container, run_dir, variables, *options)
     assert [pod.wait(200) for pod in pods] == [0, 0]
-    found, expected = (json.loads((folder / "summary.json").read_text()) for folder in (run_dir, tmp_path / "undisturbed"))
+    found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "undisturbed"))
     assert found["final_train_loss"] == expected["final_train_loss"] and found["steps"] == 32

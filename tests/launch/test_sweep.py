@@ -66,6 +66,6 @@ def test_an_agent_trains_with_two_processes_and_the_engine_reads_its_accuracy(tm
         assert value == parameter["value"], name
     (file,) = find_runs(run_dir)
     history = [{"valid/accuracy": row["valid/accuracy"]} for row in read_history(file) if "valid/accuracy" in row]
-    run = {"config": proposed, "history": history, "summaryMetrics": history[-1], "state": "finished", "name": "chosen1"}
-    _, best = ask_engine([run])
+    run = {"name": "chosen1", "config": proposed, "history": history, "state": "finished"}
+    _, best = ask_engine([run | {"summaryMetrics": history[-1]}])
     assert len(history) == 3 and best == [pytest.approx(summary["best_valid_acc"])]
