@@ -49,15 +49,15 @@ def test_an_agent_trains_with_two_processes_and_the_engine_reads_its_accuracy(tm
         for word in map(str, create_sweep_command(sweep["command"]))
         for part in (values[word[2:-1]] if word.startswith("${") else [word])
     ]
-    agent = {"WANDB_RUN_ID": "chosen1", "WANDB_SWEEP_ID": "sweep1", "WANDB_PROJECT": "faces", "WANDB_MODE": "offline"}
+    agent = {"WANDB_RUN_ID": "chosen01", "WANDB_SWEEP_ID": "sweep1", "WANDB_PROJECT": "faces", "WANDB_MODE": "offline"}
     agent["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     quick = "--model.backbone timm/resnet10t --model.pretrained false --data.image_size 32 --train.epochs 3"
     start = [str(ROOT / word) if word.startswith(("launch/", "configs/")) else word for word in command]
     subprocess.run([*start, *quick.split()], cwd=tmp_path, env=os.environ | agent, check=True, timeout=300)
 
-    run_dir = tmp_path / "runs" / "chosen1"
+    (run_dir,) = (tmp_path / "runs").iterdir()
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert (summary["world_size"], summary["wandb_run_id"]) == (2, "chosen1")
+    assert (summary["world_size"], summary["wandb_run_id"]) == (2, "chosen01")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     for name, parameter in proposed.items():
         value = config
@@ -66,6 +66,6 @@ def test_an_agent_trains_with_two_processes_and_the_engine_reads_its_accuracy(tm
         assert value == parameter["value"], name
     (file,) = find_runs(run_dir)
     history = [{"valid/accuracy": row["valid/accuracy"]} for row in read_history(file) if "valid/accuracy" in row]
-    run = {"name": "chosen1", "config": proposed, "history": history, "state": "finished"}
+    run = {"name": "chosen01", "config": proposed, "history": history, "state": "finished"}
     _, best = ask_engine([run | {"summaryMetrics": history[-1]}])
     assert len(history) == 3 and best == [pytest.approx(summary["best_valid_acc"])]
