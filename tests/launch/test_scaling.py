@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -14,17 +14,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.model import FaceModel
 
-FILE = ROOT / "bench" / "scaling.py"
+BENCH = ROOT / "bench"
 GIGABIT = 125e6
 
 
-@pytest.fixture(scope="module")
-def scaling():
-    spec = importlib.util.spec_from_file_location("scaling", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scaling"] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def scaling(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("scaling")
+
+
+@pytest.fixture
+def steps(scaling):
+    return importlib.import_module("steps")
 
 
 def test_a_ring_sends_fewer_bytes_and_a_tree_fewer_messages(scaling):
@@ -48,7 +50,7 @@ def test_the_all_reduce_hides_behind_the_backward_pass_but_for_its_end(scaling):
     assert scaling.predict(step, 2, busy) == pytest.approx(3.5 + 1.375)
 
 
-def test_buckets_are_those_of_ddp(scaling, tmp_path):
+def test_buckets_are_those_of_ddp(steps, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         model = FaceModel(pretrained=False)
@@ -70,13 +72,25 @@ def test_buckets_are_those_of_ddp(scaling, tmp_path):
             parallel(torch.rand(2, 3, 32, 32)).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
-    assert [size for _, size in scaling.fill_buckets(list(enumerate(order)))] == sizes
+    assert [size for _, size in steps.fill_buckets(list(enumerate(order)))] == sizes
     assert len(sizes) == 3
 
 
 @pytest.mark.slow
 def test_its_command_predicts_and_measures(tmp_path):
-    command = [sys.executable, FILE, "--check", "--rounds", "1", "--steps", "2", "--warmup", "1", "--batch", "8"]
+    command = [
+        sys.executable,
+        BENCH / "scaling.py",
+        "--check",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--batch",
+        "8",
+    ]
     done = subprocess.run([*command, "--rates", "--json", tmp_path / "out.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out.json").read_text())
