@@ -247,10 +247,10 @@ def _start_run_dir(run_dir: Path, config: Config, checkpoint: Path | None, overw
     if tracker_kind(config.track) != "wandb":
         return None
     file = run_dir / "wandb" / "run_id"
-    if file.is_file() and re.fullmatch("[0-9a-f]{8}", run_id := file.read_text().strip()):
+    if file.is_file() and re.fullmatch("[0-9a-z]{8}", run_id := file.read_text().strip()):
         return run_id
     file.parent.mkdir(exist_ok=True)
-    run_id = secrets.token_hex(4)
+    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # the agent of a sweep has chosen one
     file.write_text(run_id + "\n")
     return run_id
 

@@ -1,0 +1,24 @@
+# dist_train with its dependencies in a virtual environment, run by a user without rights.
+#   docker build -t IMAGE .                                                                        CUDA (PyPI's torch)
+#   docker build -t IMAGE --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .           CPU, a third of the size
+#   docker run --gpus all --shm-size 1g -v "$PWD/runs:/work/runs" IMAGE accelerate launch ...      as outside a container
+FROM python:3.12-slim AS build
+ARG TORCH_INDEX=https://pypi.org/simple
+RUN python3 -m venv /venv
+ENV PATH=/venv/bin:$PATH
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.8" "torchvision>=0.23"
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY dist_train dist_train
+COPY configs configs
+RUN pip install --no-cache-dir .
+
+FROM python:3.12-slim
+RUN useradd --create-home --uid 1000 trainer && install --directory --owner trainer /work
+COPY --from=build /venv /venv
+COPY configs /work/configs
+COPY launch/accelerate /work/launch/accelerate
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /work
+USER 1000
+CMD ["dist-train", "train", "--help"]
