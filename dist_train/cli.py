@@ -323,6 +323,49 @@ def _doctor(options: Namespace) -> int:
     return int(bad)
 
 
+# predict
+
+
+def _add_predict_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="Run folder.")
+    parser.add_argument("inputs", nargs="+", help="Images, videos, folders, globs; - reads a list from standard input.")
+    parser.add_argument("--faces", action="store_true", help="Find the faces and judge each, not the whole picture.")
+    parser.add_argument("--out", type=Path, help=".csv, .jsonl or .parquet file; without it CSV on standard output.")
+    parser.add_argument("--pictures", type=Path, help="Folder for annotated pictures.")
+    parser.add_argument("--smoothing", type=float, default=0.6, help="Videos: share of the past in an answer, 0 to 1.")
+    parser.add_argument("--every", type=int, default=1, help="Videos: judge every n-th frame.")
+    parser.add_argument("--strict", action="store_true", help="Exit with 2 if a file could not be read.")
+
+
+def _predict(options: Namespace) -> int:
+    from dist_train.predict import predict
+
+    settings = {name: options[name] for name in ("out", "faces", "pictures", "smoothing", "every")}
+    return 2 if predict(options.run, options.inputs, **settings) and options.strict else 0
+
+
+# export
+
+
+def _add_export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--format", choices=("onnx", "safetensors", "hub"), required=True, help="What to write.")
+    parser.add_argument("--out", type=str, required=True, help="New folder to write to.")
+    parser.add_argument("--quantize", choices=("static", "dynamic"), help="onnx: add an int8 copy and what it costs.")
+    parser.add_argument("--data.path", type=str, help="Where the run's data lies now, if not where it lay in training.")
+    parser.add_argument("--push", type=str, metavar="USER/NAME", help="hub: upload the folder to this repository.")
+
+
+def _export(options: Namespace) -> int:
+    from dist_train.export import export
+
+    run_dir, path = Path(options.run), options.data.path
+    moved = ["--data.source", "auto", "--data.path", path] if path else []
+    config = _run_config(run_dir, *moved) if options.quantize else None
+    export(run_dir, options.out, options.format, quantize=options.quantize, config=config, push=options.push)
+    return 0
+
+
 COMMANDS = {
     "train": Command(
         "Train a model and leave a run folder. Without --config and --data.path: the quickstart on the built-in faces.",
@@ -348,6 +391,16 @@ COMMANDS = {
         "Check what usually goes wrong before a long job; under a launcher, on all processes together.",
         _add_doctor_arguments,
         _doctor,
+    ),
+    "predict": Command(
+        "Judge photographs and videos with a trained run; writes a table of labels and probabilities.",
+        _add_predict_arguments,
+        _predict,
+    ),
+    "export": Command(
+        "Write a run's best model for use elsewhere: ONNX, safetensors or a Hugging Face Hub folder.",
+        _add_export_arguments,
+        _export,
     ),
 }
 LAUNCH_VALUES = ("--processes", "--nodes", "--precision", "--log_dir")

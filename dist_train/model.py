@@ -37,7 +37,8 @@ class FaceModel(nn.Module):
     from the published weights; weights: a local .safetensors or .pth file to start from in their place;
     in_channels: 1 or 3, what the backbone sees; classes: the names behind the labels; image_size: side in pixels
     of the images it is trained on, for those who use the saved model; temperature: divides the logits, so that
-    probabilities are as sure as they are right (dist-train evaluate --calibrate finds it).
+    probabilities are as sure as they are right (dist-train evaluate --calibrate finds it); gray: it is trained on gray
+    images, so colour is taken out of those it is given.
 
     Raises InputError for an unknown backbone, for weights that cannot be fetched or read, and for weights
     whose keys or shapes are not the backbone's (the head's may differ: it is then left random).
@@ -57,6 +58,7 @@ class FaceModel(nn.Module):
         classes: Sequence[str] | None = None,
         image_size: int | None = None,
         temperature: float = 1.0,
+        gray: bool = False,
     ) -> None:
         super().__init__()
         self.settings = {
@@ -65,8 +67,10 @@ class FaceModel(nn.Module):
             "in_channels": in_channels,
             "image_size": image_size,
             "temperature": temperature,
+            "gray": gray,
         }
         self.in_channels = in_channels
+        self.gray = gray or in_channels == 1
         self.image_size = image_size
         self.temperature = temperature
         if classes is None:
@@ -86,9 +90,9 @@ class FaceModel(nn.Module):
         """Return logits, float [B, K], of images [B, 1 or 3, H, W], uint8 in 0..255 or float in 0..1."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        if images.shape[1] > self.in_channels:
+        if images.shape[1] == 3 and self.gray:
             images = rgb_to_grayscale(images)
-        elif images.shape[1] < self.in_channels:
+        if images.shape[1] < self.in_channels:
             images = images.expand(-1, self.in_channels, -1, -1)
         logits: Tensor = self.backbone((images - self.mean) / self.std)
         return logits if self.temperature == 1 else logits / self.temperature
@@ -121,10 +125,14 @@ def load_run(run_dir: str | os.PathLike[str]) -> FaceModel:
             raise InputError(f"{folder / name} does not exist; {run_dir} is not the folder of a finished epoch")
     try:
         settings = json.loads((folder / "config.json").read_text())
+        settings = settings.get("dist_train", settings)  # a Hub folder's config is timm's, with ours in it
         model = FaceModel(pretrained=False, **settings)
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'} does not describe a model: {error}") from error
-    _load_state(model, _read_weights(folder / "model.safetensors"), folder / "model.safetensors", head=())
+    state = _read_weights(folder / "model.safetensors")
+    if state and not any(key.startswith("backbone.") for key in state):  # timm's names
+        state = {f"backbone.{key}": tensor for key, tensor in state.items()}
+    _load_state(model, state, folder / "model.safetensors", head=())
     return model.eval()
 
 

@@ -175,6 +175,7 @@ def build_model(config: Config, data: ImageSet) -> FaceModel:
         in_channels=settings.in_channels,
         classes=data.classes,
         image_size=config.data.image_size,
+        gray=data.images.shape[1] == 1,
     )
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)

@@ -34,7 +34,8 @@ TRAIN_NAMES = ("train",)
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
 FER2013_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 FER2013_USAGES = {"Training": "train", "PublicTest": "validation"}
-GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+GRAY_MODES = ("1", "L", "LA")
+MAX_PIXELS = 64_000_000  # bounds the memory that one file can take
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad file
 SHOWN = 20
 
@@ -215,17 +216,29 @@ def decode_image(file: Path, size: int) -> np.ndarray:
     It is turned as its EXIF says, then scaled and cropped around the centre to the square. Raises what PIL
     raises for a file it cannot read.
     """
-    return np.asarray(ImageOps.fit(read_image(file), (size, size), Image.Resampling.BILINEAR))
+    return fit_square(read_image(file), size)
 
 
 def read_image(file: Path) -> Image.Image:
-    """Return one image file in its own size, turned as its EXIF says, in mode L if it is gray, else RGB."""
+    """Return one image file (of an animation: its first frame) upright, in mode L if it is gray, else RGB.
+
+    Raises what PIL raises for a file it cannot read, and ValueError for more than MAX_PIXELS.
+    """
     with Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        if image.format == "EPS":  # PIL would have Ghostscript run it
+            raise ValueError("EPS is a program, not a picture")
         upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("I", "I;16", "F"):  # 16-bit gray: PIL would clip to 8 bits, not scale
-            values = np.asarray(upright, dtype=np.float32)
+        if upright.mode.startswith(("I", "F")):  # 16-bit gray: PIL would clip to 8 bits, not scale
+            values = np.nan_to_num(np.asarray(upright, dtype=np.float32)).clip(0)
             upright = Image.fromarray((values / max(values.max(), 255.0) * 255).astype(np.uint8))
         return upright.convert("L" if upright.mode in GRAY_MODES else "RGB")
+
+
+def fit_square(picture: Image.Image, size: int) -> np.ndarray:
+    """Return a picture scaled and cropped around the centre: uint8 [size, size] or [size, size, 3]."""
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
 
 
 def _stack(arrays: Sequence[np.ndarray | None], size: int) -> np.ndarray:
