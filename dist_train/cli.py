@@ -366,6 +366,22 @@ def _export(options: Namespace) -> int:
     return 0
 
 
+# demo
+
+
+def _add_demo_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to serve at; 0.0.0.0: to everybody.")
+    parser.add_argument("--port", type=int, default=7860, help="Port to serve at.")
+
+
+def _demo(options: Namespace) -> int:
+    from dist_train.demo import serve
+
+    serve(options.run, options.host, options.port)
+    return 0
+
+
 COMMANDS = {
     "train": Command(
         "Train a model and leave a run folder. Without --config and --data.path: the quickstart on the built-in faces.",
@@ -402,6 +418,7 @@ COMMANDS = {
         _add_export_arguments,
         _export,
     ),
+    "demo": Command("Open a page in the browser that judges photographs with a run.", _add_demo_arguments, _demo),
 }
 LAUNCH_VALUES = ("--processes", "--nodes", "--precision", "--log_dir")
 LAUNCH_FLAGS = ("--dry-run", "-h", "--help")

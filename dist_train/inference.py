@@ -47,14 +47,20 @@ class Predictor:
 
     def judge(self, pictures: Sequence[Image.Image]) -> list[list[Face]]:
         """Return the faces of each picture (mode L or RGB), the largest first."""
-        boxes: list[list[Box | None]] = [[*self.finder.find(p)] if self.finder else [None] for p in pictures]
+        if not self.finder:
+            return [[face] for face in self.judge_whole(pictures)]
+        boxes = [self.finder.find(picture) for picture in pictures]
         images = [
-            fit_square(picture.crop(box) if box else picture, self.image_size)
+            fit_square(picture.crop(box), self.image_size)
             for picture, own in zip(pictures, boxes, strict=True)
             for box in own
         ]
         probabilities = iter(self.classify(images))
         return [[Face(box, next(probabilities)) for box in own] for own in boxes]
+
+    def judge_whole(self, pictures: Sequence[Image.Image]) -> list[Face]:
+        """Return each picture as one face."""
+        return [Face(None, p) for p in self.classify([fit_square(picture, self.image_size) for picture in pictures])]
 
     def classify(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the probabilities, float32 [N, K], of images of one size, each uint8 [H, W] or [H, W, 3]."""

@@ -104,14 +104,14 @@ def _read_ahead(files: Iterable[Path]) -> Iterator[Shot | Fault]:
     waiting: deque[Future[Shot | Fault]] = deque()
     with ThreadPoolExecutor(DECODERS) as pool:
         for file in files:
-            waiting.append(pool.submit(_read, file))
+            waiting.append(pool.submit(read_shot, file))
             if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _read(file: Path) -> Shot | Fault:
+def read_shot(file: Path) -> Shot | Fault:
     try:
         _check_regular(file)
         return _reduced(file, None, read_image(file))
