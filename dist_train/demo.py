@@ -21,7 +21,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from dist_train.config import InputError
-from dist_train.data.images import fit_square
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 from dist_train.inference import Face, Predictor, stack
 from dist_train.page import embed_picture
@@ -83,7 +82,7 @@ def build_page(predictor: Predictor, examples: Sequence[Path]) -> Any:
         gradio.HTML(_render("demo_head.html", classes=predictor.classes))
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=2, min_width=300):
-                upload = gradio.Image(
+                upload: Any = gradio.Image(
                     type="filepath",
                     sources=["upload", "webcam"],
                     label="Photograph",
@@ -116,8 +115,7 @@ def show(predictor: Predictor, path: str | None) -> str:
     picture = shot.picture
     found = predictor.judge([picture])[0]
     faces = found[:MOST_FACES] or predictor.judge_whole([picture])
-    seen = picture.convert("L") if predictor.model.gray else picture
-    crops = [fit_square(seen.crop(face.box) if face.box else seen, predictor.image_size) for face in faces]
+    crops = [predictor.crop(picture, face.box) for face in faces]
     images = stack(crops)
     best = torch.tensor([int(face.probabilities.argmax()) for face in faces])
     maps = explain(predictor.model, images, best).numpy()

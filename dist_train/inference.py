@@ -50,17 +50,18 @@ class Predictor:
         if not self.finder:
             return [[face] for face in self.judge_whole(pictures)]
         boxes = [self.finder.find(picture) for picture in pictures]
-        images = [
-            fit_square(picture.crop(box), self.image_size)
-            for picture, own in zip(pictures, boxes, strict=True)
-            for box in own
-        ]
+        images = [self.crop(picture, box) for picture, own in zip(pictures, boxes, strict=True) for box in own]
         probabilities = iter(self.classify(images))
         return [[Face(box, next(probabilities)) for box in own] for own in boxes]
 
     def judge_whole(self, pictures: Sequence[Image.Image]) -> list[Face]:
         """Return each picture as one face."""
-        return [Face(None, p) for p in self.classify([fit_square(picture, self.image_size) for picture in pictures])]
+        return [Face(None, found) for found in self.classify([self.crop(picture, None) for picture in pictures])]
+
+    def crop(self, picture: Image.Image, box: Box | None) -> np.ndarray:
+        """Return what the model is to see of a picture, uint8 [S, S], or [S, S, 3] if it is trained on colour."""
+        part = picture.crop(box) if box else picture
+        return fit_square(part.convert("L") if self.model.gray else part, self.image_size)
 
     def classify(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the probabilities, float32 [N, K], of images of one size, each uint8 [H, W] or [H, W, 3]."""

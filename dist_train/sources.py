@@ -57,7 +57,8 @@ def list_files(inputs: Sequence[str]) -> list[Path]:
             if _holds(path.is_dir):
                 found += sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
             elif glob.has_magic(str(path)) and not _holds(path.exists):
-                found += sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 (any root)
+                matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (it may begin anywhere)
+                found += sorted(map(Path, matches)) or [path]
             else:
                 found.append(path)
     return list(dict.fromkeys(found))
