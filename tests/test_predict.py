@@ -73,7 +73,7 @@ def test_probabilities_are_the_models(run_dir: Path, face_files: list[Path]) -> 
     assert [row["file"] for row in rows] == list(map(str, face_files))
     for row, file in zip(rows, face_files, strict=True):
         np.testing.assert_allclose(shares(row), expected(run_dir, file), atol=1e-5)
-        assert row["label"] == max((v, k) for k, v in row.items() if k.startswith("p_"))[1].removeprefix("p_")
+        assert row["label"] == max((float(v), k) for k, v in row.items() if k.startswith("p_"))[1].removeprefix("p_")
         assert float(row["confidence"]) == shares(row).max() and row["left"] == row["frame"] == ""
 
 
