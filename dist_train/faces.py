@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dist_train.config import InputError
 
@@ -35,7 +35,8 @@ class FaceFinder:
     def find(self, picture: Image.Image) -> list[Box]:
         """Return the squares around the faces of a picture, in its pixels, the largest face first."""
         scale = CANVAS / max(picture.size)
-        small = ImageOps.contain(picture.convert("RGB"), (CANVAS, CANVAS), Image.Resampling.BILINEAR)
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        small = picture.convert("RGB").resize(size, Image.Resampling.BILINEAR)
         canvas = np.full((max(small.height, MARGIN), max(small.width, MARGIN), 3), 127, np.uint8)
         canvas[: small.height, : small.width] = np.asarray(small)
         boxes, confidences = self.detector.detect(canvas)
