@@ -10,22 +10,20 @@ import argparse
 import json
 import logging
 import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from dist_train.config import Config, InputError, nearest
+from dist_train.config import Config, InputError
 from dist_train.faults import Interrupted, TrainingError
+from dist_train.launch import split_arguments
+from dist_train.messages import check_config_file, explain, keys, with_quickstart
 
 
 class Command(NamedTuple):
@@ -75,16 +73,16 @@ def parse(arguments: list[str]) -> tuple[str, Namespace]:
         parsers[name] = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.help)
         command.add_arguments(parsers[name])
         commands.add_subcommand(name, parsers[name], help=command.help)
-    keys = _keys(parsers[arguments[0]]) if arguments[:1] and arguments[0] in parsers else []
+    known = keys(parsers[arguments[0]]) if arguments[:1] and arguments[0] in parsers else []
     if arguments[:1] == ["launch"]:
-        arguments = _split_launch(arguments)
+        arguments = split_arguments(arguments)
     if arguments[:1] == ["train"]:
-        arguments = _with_quickstart(arguments)
-        _check_config_file(arguments, keys)
+        arguments = with_quickstart(arguments)
+        check_config_file(arguments, known)
     try:
         found = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise InputError(_explain(str(error), keys)) from error
+        raise InputError(explain(str(error), known)) from error
     return found.command, parser.instantiate(found)[found.command]
 
 
@@ -177,83 +175,6 @@ def _audit(options: Namespace) -> int:
     return 0
 
 
-def _keys(parser: ArgumentParser) -> list[str]:
-    """Return the dotted keys of a config file."""
-    return [key for key, _ in parser.get_defaults().items() if key != "config"]
-
-
-def _with_quickstart(arguments: list[str]) -> list[str]:
-    """Put first, where neither a config nor data is named: the resumed run's config, else the quickstart's."""
-    names = {argument.split("=")[0] for argument in arguments}
-    if names & {"--config", "--data.path", "--data.source"}:
-        return arguments
-    run_dir = next((b for a, b in pairwise(arguments) if a == "--run_dir"), "")
-    resumed = Path(run_dir) / "config.yaml"
-    if "--resume" in names and run_dir and resumed.is_file():
-        return ["train", "--config", str(resumed), *arguments[1:]]
-    return ["train", "--config", str(files("dist_train.configs") / "quickstart.yaml"), *arguments[1:]]
-
-
-def _check_config_file(arguments: list[str], keys: list[str]) -> None:
-    """Refuse config files that are not mappings of known keys; the values are the parser's business."""
-    pairs = [*zip(arguments, [*arguments[1:], ""], strict=True), *(a.partition("=")[::2] for a in arguments)]
-    for file in [Path(value) for name, value in pairs if name == "--config" and value]:
-        try:
-            settings = yaml.safe_load(file.read_text())
-        except OSError as error:
-            raise InputError(f"--config: {file} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"--config: {file} is not YAML: {' '.join(str(error).split())}") from error
-        for key in _walk(settings if settings is not None else {}, file, keys):
-            if key not in keys:
-                raise InputError(f"{file}: {_unknown(key, keys)}")
-
-
-def _walk(settings: Any, file: Path, keys: list[str], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a config file's mapping."""
-    if not isinstance(settings, dict):
-        where = f"{prefix.removesuffix('.')} is" if prefix else "holds"
-        raise InputError(f"{file}: {where} {settings!r}; expected a mapping of keys to values")
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        if any(known.startswith(f"{key}.") for known in keys):
-            yield from _walk(value, file, keys, f"{key}.")
-        else:
-            yield key
-
-
-def _unknown(key: str, keys: list[str]) -> str:
-    return f"{key}: no such key{nearest(key, keys)}; dist-train train --help lists them"
-
-
-def _explain(message: str, keys: list[str]) -> str:
-    """Say a parser's message in one line, with the key, the value and what is allowed."""
-    if found := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
-        return _unknown(found[1], keys)
-    key = re.search(r'Parser key "([^"]+)":\s+(?:Expected|Does not validate)', message)
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
-    if not key or not value:
-        return " ".join(message.split())
-    allowed = " or ".join(_kind_in_words(kind) for kind in re.findall(r"Expected a (.+?)(?:\. Got|\n|$)", message))
-    hint = ' (in YAML, put "no" in quotes)' if value[1] == "False" and " no" in allowed else ""
-    return f"{key[1]}: {value[1].strip()!r} is not allowed; expected {allowed}{hint}"
-
-
-def _kind_in_words(kind: str) -> str:
-    if choices := re.search(r"Literal\[(.+)\]", kind):
-        return f"one of {choices[1].replace(chr(39), '')}"
-    words = {
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "str": "text",
-        "NoneType": "null",
-        "list": "a list, as [a, b]",
-    }
-    name = re.sub(r"<class '(\w+)'>", r"\1", kind)
-    return words.get(name, name)
-
-
 # launch
 
 
@@ -266,24 +187,6 @@ def _add_launch_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--log_dir", help="Folder for the output of each process, besides the common one.")
     parser.add_argument("--dry-run", action="store_true", help="Print the command and start nothing.")
     parser.add_argument("arguments", nargs="*", help="A command and its options, or the options of train.")
-
-
-def _split_launch(arguments: list[str]) -> list[str]:
-    """Put launch's own options first, then -- and what belongs to the command that it starts."""
-    own: list[str] = []
-    rest: list[str] = []
-    left = iter(arguments[1:])
-    for argument in left:
-        name, equals, _ = argument.partition("=")
-        if argument == "--":
-            rest += left
-        elif name in LAUNCH_VALUES:
-            own += [argument] if equals else [argument, *([value] if (value := next(left, None)) else [])]
-        elif name in LAUNCH_FLAGS and not (rest and name != "--dry-run"):
-            own.append(argument)
-        else:
-            rest.append(argument)
-    return ["launch", *own, "--", *rest]
 
 
 def _launch(options: Namespace) -> int:
@@ -420,8 +323,6 @@ COMMANDS = {
     ),
     "demo": Command("Open a page in the browser that judges photographs with a run.", _add_demo_arguments, _demo),
 }
-LAUNCH_VALUES = ("--processes", "--nodes", "--precision", "--log_dir")
-LAUNCH_FLAGS = ("--dry-run", "-h", "--help")
 
 
 def _set_up_logging(main_process: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.data.audit import Audit, File
-from dist_train.data.images import read_image
+from dist_train.data.decode import read_image
 from dist_train.labels import Suspect
 from dist_train.page import embed_picture, write_page
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from dist_train.config import Config, InputError
-from dist_train.data.images import ImageSet, load_splits
+from dist_train.data.images import load_splits
+from dist_train.data.imageset import ImageSet
 from dist_train.data.synthetic import draw_faces
 from dist_train.hub import push_folder, write_hub_folder
 from dist_train.inference import BATCH

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_train.data.images import fit_square
+from dist_train.data.decode import fit_square
 from dist_train.faces import Box, FaceFinder
 from dist_train.model import load_run
 

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 RESUMABLE = 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PORT = 29500
+OWN_VALUES = ("--processes", "--nodes", "--precision", "--log_dir")
+OWN_FLAGS = ("--dry-run", "-h", "--help")
 # what says how many machines there are; read here, so it must not be read again by torchrun or the training
 PLACE_NAMES = (
     "PET_NNODES",
@@ -50,6 +52,24 @@ class Place:
     main_host: str = ""
     port: int = PORT
     source: str = "this machine"
+
+
+def split_arguments(arguments: list[str]) -> list[str]:
+    """Put launch's own options first, then -- and what belongs to the command that it starts."""
+    own: list[str] = []
+    rest: list[str] = []
+    left = iter(arguments[1:])
+    for argument in left:
+        name, equals, _ = argument.partition("=")
+        if argument == "--":
+            rest += left
+        elif name in OWN_VALUES:
+            own += [argument] if equals else [argument, *([value] if (value := next(left, None)) else [])]
+        elif name in OWN_FLAGS and not (rest and name != "--dry-run"):
+            own.append(argument)
+        else:
+            rest.append(argument)
+    return ["launch", *own, "--", *rest]
 
 
 def find_place(environment: Mapping[str, str], nodes: int | None = None) -> Place:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from dist_train.config import Config, DataConfig, TrainConfig
-from dist_train.data.images import ImageSet, find_leaked, load_splits
+from dist_train.data.images import find_leaked, load_splits
+from dist_train.data.imageset import ImageSet
 from dist_train.evaluation import judge
 from dist_train.figures import check_history, draw_accuracy, draw_loss, new_figure, plot_reliability
 from dist_train.files import write_file

@@ -7,7 +7,6 @@ before the run folder is touched.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -15,40 +14,32 @@ import secrets
 import shutil
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from timm.layers import convert_sync_batchnorm
 
 from dist_train.checkpoint import Checkpointer, check_checkpoint, find_checkpoint, set_aside_damaged
 from dist_train.config import Config, InputError
-from dist_train.data.images import ImageSet, load_splits
+from dist_train.data.images import load_splits
+from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader
-from dist_train.evaluation import judge
 from dist_train.faults import Interrupted, TrainingError, Watch
-from dist_train.figures import plot_confusion, plot_history
 from dist_train.files import write_file
-from dist_train.model import FaceModel, load_run
+from dist_train.model import FaceModel
 from dist_train.optim import build_optimizer, build_schedule
-from dist_train.pictures import view_results
+from dist_train.outputs import leave_pictures, write_summary
 from dist_train.processes import build_accelerator, local_main_first, on_main
-from dist_train.saliency import explain, overlay
-from dist_train.scores import count_confusion, find_mistakes
 from dist_train.state import Progress
 from dist_train.tracking import Tracker, check_tracker, tracker_kind
-from dist_train.training import History, train
+from dist_train.training import train
 
 logger = logging.getLogger(__name__)
 
-SHOWN_IMAGES = 24
 OWN_FILES = (
     "config.yaml",
     "history.csv",
@@ -60,7 +51,6 @@ OWN_FILES = (
     "wandb",
     "tensorboard",
 )
-LISTED_MISTAKES = 64
 ORIGIN = (
     "data.image_size",
     "data.augment",
@@ -79,8 +69,6 @@ ORIGIN = (
     "optim.warmup_epochs",
     "save.best_on",
 )
-PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
-MISTAKE_COLUMNS = ["image", "saliency", "name", "real", "predicted", "confidence"]
 
 
 def run_training(config: Config, *, overwrite: bool = False) -> Path:
@@ -142,8 +130,8 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
             )
             checkpointer.flush()
             if accelerator.is_main_process:
-                _write_summary(run_dir, progress, run_id, accelerator)
-            _leave_pictures(run_dir, history, splits[1], tracker, accelerator)
+                write_summary(run_dir, progress, run_id, accelerator)
+            leave_pictures(run_dir, history, splits[1], tracker, accelerator)
             tracker.finish()
         except Interrupted:
             tracker.finish(failed=True)
@@ -263,83 +251,3 @@ def _origin(config: Config, splits: tuple[ImageSet, ImageSet]) -> dict[str, Any]
     return {key: settings[key] for key in ORIGIN} | {
         f"the {name} data": split.fingerprint() for name, split in zip(("train", "validation"), splits, strict=True)
     }
-
-
-def _leave_pictures(
-    run_dir: Path, history: History, validation: ImageSet, tracker: Tracker, accelerator: Accelerator
-) -> None:
-    """Judge the validation images with the best model; leave the figures in the folder and with the tracker.
-
-    Called on every process, as all judge.
-    """
-    if not on_main(accelerator, (run_dir / "best").is_dir):  # which the main process wrote
-        logger.warning("no epoch had a finite validation figure: there is no best model and there are no pictures")
-        return
-    model = load_run(run_dir)
-    shares = judge(model, validation.images, accelerator=accelerator)
-    if not accelerator.is_main_process:
-        return
-    some = np.random.default_rng(0).permutation(len(validation))[:SHOWN_IMAGES]
-    figures = {
-        "curves": plot_history(history),
-        "predictions": view_results(
-            validation.images[some], validation.labels[some], classes=model.classes, probabilities=shares[some]
-        ),
-        "confusion_matrix": plot_confusion(count_confusion(shares, validation.labels), model.classes),
-    }
-    figures["curves"].savefig(run_dir / "curves.png")
-    figures["predictions"].savefig(run_dir / "predictions.png")
-    tracker.log_pictures({name: _pixels(figure) for name, figure in figures.items()})
-    if tracker.kind == "wandb":
-        tracker.log_table("misclassified", MISTAKE_COLUMNS, _list_mistakes(model, validation, shares))
-
-
-def _list_mistakes(model: FaceModel, data: ImageSet, shares: np.ndarray) -> list[list[Any]]:
-    """Return a row for each of the most confident mistakes; shares: float [N, K], summing to 1."""
-    wrong = find_mistakes(shares, data.labels)[:LISTED_MISTAKES]
-    if not len(wrong):
-        return []
-    images, predicted = data.images[wrong], shares[wrong].argmax(1)
-    glowing = overlay(images, explain(model, torch.from_numpy(images), torch.from_numpy(predicted)).numpy())
-    return [
-        [
-            images[row].transpose(1, 2, 0).squeeze(),
-            glowing[row],
-            data.names[i],
-            data.classes[data.labels[i]],
-            data.classes[predicted[row]],
-            float(shares[i].max()),
-        ]
-        for row, i in enumerate(wrong)
-    ]
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    """Return a figure as uint8 [H, W, 3]."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _write_summary(run_dir: Path, progress: Progress, run_id: str | None, accelerator: Accelerator) -> None:
-    if not progress.epochs:
-        logger.warning("no epoch was finished: there is no summary")
-        return
-    last, best = progress.epochs[-1], progress.epochs[progress.best_epoch - 1]
-    summary = {
-        "best_valid_acc": best.valid_acc,
-        "best_epoch": best.epoch,
-        **{f"final_{name}": getattr(last, name) for name in ("train_loss", "train_acc", "valid_loss", "valid_acc")},
-        "epochs": last.epoch,
-        "steps": progress.step,
-        "world_size": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision,
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
-        "images_per_second": sum(row.images_per_second for row in progress.epochs) / len(progress.epochs),
-        "train_seconds": sum(row.seconds for row in progress.epochs),
-        "wandb_run_id": run_id,
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-    write_file(run_dir / "summary.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-    logger.info("best validation accuracy %.4f in epoch %d; run folder: %s", best.valid_acc, best.epoch, run_dir)

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from dist_train.config import InputError
-from dist_train.data.images import MAX_PIXELS, read_image
+from dist_train.data.decode import MAX_PIXELS, read_image
 
 DECODERS = 4  # threads; each may hold a picture of MAX_PIXELS
 AHEAD = 32  # pictures decoded ahead

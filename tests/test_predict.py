@@ -20,7 +20,7 @@ from scenes import compose
 
 from dist_train import FaceModel, load_run
 from dist_train.cli import main
-from dist_train.data.images import decode_image
+from dist_train.data.decode import decode_image
 from dist_train.data.synthetic import draw_faces
 from dist_train.inference import Face
 from dist_train.sources import printable

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dist_train import evaluate, train
 from dist_train.config import DataConfig, InputError, OptimConfig
-from dist_train.data.images import ImageSet, load_splits
+from dist_train.data.images import load_splits
+from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 from dist_train.optim import build_schedule

@@ -20,7 +20,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dist_train.config import InputError
-from dist_train.data.images import UNREADABLE, digest, list_files, read_image, split_folders
+from dist_train.data.decode import UNREADABLE, read_image
+from dist_train.data.images import list_files, split_folders
+from dist_train.data.imageset import digest
 
 logger = logging.getLogger(__name__)
 

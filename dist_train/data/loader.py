@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dist_train.config import AugmentConfig, InputError
 from dist_train.data.augment import DRAWS, augment
-from dist_train.data.images import ImageSet
+from dist_train.data.imageset import ImageSet
 
 
 class Batch(NamedTuple):

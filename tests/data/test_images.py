@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from dist_train.config import CLASSES, DataConfig, InputError
-from dist_train.data.images import FER2013_CLASSES, cache_folder, decode_image, load_splits
+from dist_train.data.cache import cache_folder
+from dist_train.data.decode import decode_image
+from dist_train.data.images import FER2013_CLASSES, load_splits
 from dist_train.data.synthetic import draw_faces
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_train.config import AugmentConfig, InputError
-from dist_train.data.images import ImageSet
+from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader, step_size
 
 COUNT = 101
