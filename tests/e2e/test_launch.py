@@ -101,6 +101,8 @@ def test_two_processes_stream_one_wandb_run_with_falling_loss(launch, tmp_path):
     history = read_history(file)
     keys = {key for row in history for key in row}
     assert keys >= KEYS | {"curves", "confusion_matrix", "predictions", "misclassified"}
+    (table,) = run_dir.glob("wandb/offline-run-*/files/media/table/misclassified*.table.json")
+    assert json.loads(table.read_text())["columns"][:2] == ["image", "saliency"]
     losses = [row["train/loss"] for row in history if "train/loss" in row]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert done.stderr.count("epoch 1/20:") == 1  # only the main process speaks
