@@ -46,7 +46,7 @@ def test_a_map_points_at_what_the_class_rests_on():
         ("timm/convnext_atto", 48),
         pytest.param("timm/swin_tiny_patch4_window7_224", 224, marks=pytest.mark.slow),
         pytest.param("timm/mobilenetv4_conv_small", 64, marks=pytest.mark.slow),
-        ("timm/vit_tiny_patch16_224", 224),
+        pytest.param("timm/vit_tiny_patch16_224", 224, marks=pytest.mark.slow),
         pytest.param("timm/mixer_s32_224", 224, marks=pytest.mark.slow),
         pytest.param("timm/mobilevit_xxs", 64, marks=pytest.mark.slow),
     ],
