@@ -329,6 +329,7 @@ def _set_up_logging(main_process: bool) -> None:
     """Let the main process of each machine speak, the others only of errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.getLogger().addHandler(logging.NullHandler())  # else a library's logging.info() makes all be said twice
     logger = logging.getLogger("dist_train")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if main_process else logging.ERROR)
