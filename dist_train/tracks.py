@@ -33,7 +33,7 @@ class Smoother:
 
     def __call__(self, faces: Sequence[Face]) -> list[Face]:
         """Return the faces of the next frame with averaged probabilities."""
-        pairs = [(_overlap(t.face.box, f.box), i, j) for i, t in enumerate(self.tracks) for j, f in enumerate(faces)]
+        pairs = [(overlap(t.face.box, f.box), i, j) for i, t in enumerate(self.tracks) for j, f in enumerate(faces)]
         known: dict[int, int] = {}  # face -> track, the best overlaps first
         for overlap, i, j in sorted(pairs, reverse=True):
             if overlap >= SAME_FACE and j not in known and i not in known.values():
@@ -49,7 +49,8 @@ class Smoother:
         return [track.face for track in seen]
 
 
-def _overlap(a: Box | None, b: Box | None) -> float:
+def overlap(a: Box | None, b: Box | None) -> float:
+    """Return the intersection over union of two boxes, 0..1; the whole picture (None) overlaps only itself."""
     if a is None or b is None:
         return float(a is b)
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
