@@ -35,8 +35,8 @@ class Smoother:
         """Return the faces of the next frame with averaged probabilities."""
         pairs = [(overlap(t.face.box, f.box), i, j) for i, t in enumerate(self.tracks) for j, f in enumerate(faces)]
         known: dict[int, int] = {}  # face -> track, the best overlaps first
-        for overlap, i, j in sorted(pairs, reverse=True):
-            if overlap >= SAME_FACE and j not in known and i not in known.values():
+        for shared, i, j in sorted(pairs, reverse=True):
+            if shared >= SAME_FACE and j not in known and i not in known.values():
                 known[j] = i
         seen = []
         for j, face in enumerate(faces):

@@ -106,7 +106,7 @@ def _wrong_endings(face: Image.Image) -> list[Case]:
         _write(f"really-{kind}.{ending}", _encoded(face.convert("RGB"), kind), "same")
         for kind in ("PNG", "BMP", "TIFF")
         for ending in ("jpg", "gif", "webp", "txt")
-    ] + [_write("really-PNG.mp4", _encoded(face, "PNG"), "refusal")]
+    ] + [_write("really-PNG.mp4", _encoded(face, "PNG"), "either")]
 
 
 def _damaged(face: Image.Image) -> list[Case]:
