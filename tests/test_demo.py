@@ -99,6 +99,7 @@ def test_page_boxes_two_faces(served: str, browser: Any, tmp_path: Path) -> None
         page.screenshot(path=ARTEFACTS / f"demo-{scheme}-{width}-start.png", full_page=True)
         page.set_input_files("input[type=file]", tmp_path / "two.png")
         page.wait_for_selector("#result .face", timeout=60_000)
+        page.wait_for_timeout(500)  # until Gradio has faded it in
         page.screenshot(path=ARTEFACTS / f"demo-{scheme}-{width}.png", full_page=True)
         assert page.locator("#result svg .box").count() == 2
         assert page.locator("#result .face").count() == 2
