@@ -143,7 +143,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 def choose_processes(environment: Mapping[str, str], asked: int | None = None) -> tuple[int, int]:
     """Return how many processes to start on this machine, and on how many GPUs (0: they compute on the CPU).
 
-    One per GPU; on a CPU one, which uses all cores: two with half of them each are no faster.
+    One per GPU; on a CPU one, which uses all cores and takes its batch statistics over whole batches.
     """
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     gpus = 0 if on_cpu or not torch.accelerator.is_available() else torch.accelerator.device_count()
