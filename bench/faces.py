@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from dist_train.data.images import read_image
+from dist_train.data.decode import read_image
 from dist_train.data.synthetic import draw_faces
 from dist_train.faces import Box, FaceFinder
 from dist_train.tracks import SAME_FACE, overlap

@@ -21,7 +21,10 @@ from dist_train.config import CLASSES
 from dist_train.figures import plot_confusion, plot_history
 from dist_train.pictures import view_results
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # left by tests before
+]
 
 
 def drawn(figure: Figure) -> Figure:

@@ -110,7 +110,10 @@ def test_two_processes_stream_one_wandb_run_with_falling_loss(launch, tmp_path):
     assert summary(run_dir)["threads"] == max(1, cores // 2)
 
 
-@pytest.mark.parametrize("recipe", ["cpu", "multi_cpu", "gpu", "multi_gpu", "fsdp"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["multi_cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "gpu", "multi_gpu", "fsdp"))],
+)
 def test_every_recipe_of_one_machine_trains_here(launch, tmp_path, recipe):
     """Without a GPU, the recipes of GPUs start gloo processes on the CPU."""
     world_size = 1 if recipe in ("cpu", "gpu") else 2
@@ -133,6 +136,7 @@ def test_two_processes_decode_a_folder_once(launch, tmp_path, draw_folder):
     assert (entry / "train.images.npy").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_of_several_machines_trains_over_two_launchers(tmp_path):
     run_dir = tmp_path / "run"
     place = ("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29611")
@@ -181,6 +185,7 @@ def test_a_number_of_processes_that_was_not_found_is_refused(tmp_path, monkeypat
     assert name in done.stderr
 
 
+@pytest.mark.slow
 def test_multi_gpu_flag_without_gpus_is_one_training_of_two_processes(launch, tmp_path):
     run_dir = tmp_path / "run"
     launch(
