@@ -1,4 +1,5 @@
 # make train: set up, then train on the built-in faces. make test: set up, then run the fast tests.
+# make test-faults: kill and starve real trainings, print what came of it.
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
@@ -17,7 +18,7 @@ test-all: $(READY)
 	$(BIN)/pytest -m "slow or not slow"
 
 test-faults: $(READY)
-	$(BIN)/pytest -m faults -rA
+	$(BIN)/pytest -m faults -rP
 
 lint: $(READY)
 	$(BIN)/ruff check .
