@@ -26,7 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from dist_train.config import InputError
 from dist_train.processes import check_launch
 from dist_train.rendezvous import Finding, World, all_reduce, find_world, gather, meet, read
-from dist_train.tracking import _has_wandb_login
+from dist_train.tracking import has_wandb_login
 
 PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
 GIB = 2**30
@@ -105,7 +105,7 @@ def _wandb() -> tuple[str, str]:
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
         return "ok", f"WANDB_MODE is {mode}"
-    if not _has_wandb_login():
+    if not has_wandb_login():
         return "warn", "no login: runs are kept offline"
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     host, _, port = server.partition(":")

@@ -21,6 +21,8 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dist_train.config import InputError, TrainConfig
 
@@ -41,6 +43,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     precision = choose_precision(config.precision, cpu)
     check_launch()
+    _meet_anew(cpu)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
@@ -58,6 +61,26 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if cpu:
         _keep_freed_memory()
     return accelerator
+
+
+def _meet_anew(cpu: bool) -> None:
+    """After a restart by the launcher (--max_restarts), meet under names of this attempt.
+
+    torch's static rendezvous keeps one store over all attempts, which still holds the addresses of the processes that
+    died: by torch's own names the new ones often find those, and fail.
+    """
+    attempt, agent = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if attempt == "0" or agent != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=longest_wait())
+    distributed.init_process_group(
+        "gloo" if cpu else None,
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=longest_wait(),
+    )
 
 
 def choose_precision(precision: str, cpu: bool) -> str:

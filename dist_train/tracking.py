@@ -37,7 +37,7 @@ def check_tracker(config: TrackConfig) -> None:
     """Raise InputError if the configured tracker cannot be used here, before any time is spent."""
     if config.tool == "tensorboard" and not is_tensorboard_available():
         raise InputError("track.tool: tensorboard is not installed; pip install 'dist_train[tensorboard]'")
-    if config.tool == "wandb" and config.wandb == "online" and not _has_wandb_login():
+    if config.tool == "wandb" and config.wandb == "online" and not has_wandb_login():
         raise InputError(
             "track.wandb: online, but no W&B login is here; run `wandb login`, set WANDB_API_KEY, "
             "or use track.wandb: offline"
@@ -171,7 +171,7 @@ def write_history(file: Path, epochs: Sequence[Epoch]) -> None:
     write_file(file, write)
 
 
-def _has_wandb_login() -> bool:
+def has_wandb_login() -> bool:
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.login(prompt=False))
@@ -180,7 +180,7 @@ def _has_wandb_login() -> bool:
 def _wandb_mode(config: TrackConfig) -> str:
     if config.wandb != "auto":
         return config.wandb
-    return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_login() else "offline")
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_login() else "offline")
 
 
 def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str | None) -> GeneralTracker:

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
     checkpointer = Checkpointer(run_dir, accelerator, every_steps=1, resume_from=find_checkpoint(run_dir, "auto"))
     loaders = Noting(splits[0], 32, shuffle=True, **place), ImageLoader(splits[1], 32, **place)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
 
     class Enough(Exception):
         pass
