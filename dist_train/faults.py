@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -163,13 +163,19 @@ class Watch:
 
     def _roll_call(self) -> str:
         """Return in words which processes do not answer, over the launcher's store, which outlives them."""
-        try:
-            store = distributed.distributed_c10d._get_default_store()
-            store.set(f"alive/{self.accelerator.process_index}", "")
-            time.sleep(ROLL_CALL_SECONDS)
-            gone = [n for n in range(self.accelerator.num_processes) if not store.check([f"alive/{n}"])]
-        except RuntimeError:  # the store is gone with the process or machine that held it
-            gone = []
+        gone: list[int] = []
+
+        def call() -> None:
+            with suppress(RuntimeError):  # the store is gone with the process or machine that held it
+                store = distributed.distributed_c10d._get_default_store()
+                store.set(f"alive/{self.accelerator.process_index}", "")
+                time.sleep(ROLL_CALL_SECONDS)
+                gone.extend(n for n in range(self.accelerator.num_processes) if not store.check([f"alive/{n}"]))
+
+        # in a thread that may be left behind: cut off from its machine, the store answers never and knows no timeout
+        caller = threading.Thread(target=call, daemon=True)
+        caller.start()
+        caller.join(2 * ROLL_CALL_SECONDS)
         return f"process {', '.join(map(str, gone))}" if gone else "another one"
 
 
