@@ -139,6 +139,7 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
         except Interrupted:
             tracker.finish(failed=True)
             accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has left
+            accelerator.end_training()
             raise
         except RuntimeError as error:
             raise watch.explain(error) or error from error
@@ -149,6 +150,7 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
         finally:
             checkpointer.flush()
             tracker.finish(failed=True)
+    accelerator.end_training()
     return run_dir
 
 

