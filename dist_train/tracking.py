@@ -7,10 +7,13 @@ training. W&B keeps everything in the run folder as well, so nothing is lost tha
 from __future__ import annotations
 
 import csv
+import http.client
 import logging
 import os
 import queue
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,6 +32,7 @@ from dist_train.wandb_log import last_steps
 
 logger = logging.getLogger(__name__)
 
+PROBE_SECONDS = 5
 INIT_SECONDS = 15
 EXIT_SECONDS = 30
 
@@ -198,7 +202,11 @@ def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str | None) -> Gene
             init_timeout=INIT_SECONDS, finish_timeout=EXIT_SECONDS - 5, finish_timeout_raises=True
         ),
     }
-    tracker = WandBTracker(config.project, mode=_wandb_mode(config), **options)
+    mode = _wandb_mode(config)
+    if mode == "online" and (fault := _find_fault(wandb.setup().settings.base_url)):
+        logger.warning("W&B cannot be reached (%s); the run goes on offline", fault)
+        mode = "offline"
+    tracker = WandBTracker(config.project, mode=mode, **options)
     try:
         tracker.start()
     except Exception as error:  # whatever ails W&B, the training goes on
@@ -208,6 +216,17 @@ def _start_wandb(config: TrackConfig, run_dir: Path, run_id: str | None) -> Gene
         tracker.start()
     tracker.tracker.define_metric("*", step_metric="step")
     return tracker
+
+
+def _find_fault(url: str) -> str | None:
+    """Return why the server cannot be used, or None if it answers: wandb itself would try for half a minute."""
+    try:
+        with urllib.request.urlopen(url, timeout=PROBE_SECONDS):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"{url} answers {error.code}" if error.code >= 500 else None
+    except (OSError, http.client.HTTPException) as error:
+        return f"{url}: {getattr(error, 'reason', error)}"
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
