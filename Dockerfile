@@ -1,12 +1,13 @@
 # dist_train with its dependencies in a virtual environment, run by a user without rights.
-#   docker build -t IMAGE .                                                                        CUDA (PyPI's torch)
-#   docker build -t IMAGE --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .           CPU, a third of the size
+#   docker build -t IMAGE .                                             torch for CUDA, from pip's own index
+#   docker build -t IMAGE --build-arg TORCH_INDEX=URL .                 from another: PyTorch's index of CPU wheels makes it small
 #   docker run --gpus all --shm-size 1g -v "$PWD/runs:/work/runs" IMAGE accelerate launch ...      as outside a container
 FROM python:3.12-slim AS build
-ARG TORCH_INDEX=https://pypi.org/simple
+ARG TORCH_INDEX=
 RUN python3 -m venv /venv
 ENV PATH=/venv/bin:$PATH
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.8" "torchvision>=0.23"
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.8" "torchvision>=0.23"
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY dist_train dist_train
