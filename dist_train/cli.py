@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from dist_train.config import Config, InputError
 from dist_train.faults import Interrupted, TrainingError
-from dist_train.launch import split_arguments
+from dist_train.launch import RESUMABLE, split_arguments
 from dist_train.messages import check_config_file, explain, keys, with_quickstart
 
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         if main_process:
             print(f"dist-train: {error}", file=sys.stderr)
-        return 75
+        return RESUMABLE
     except TrainingError as error:
         print(f"dist-train: error: {error}", file=sys.stderr)
         return 1
@@ -128,18 +128,18 @@ def _add_evaluate_arguments(parser: ArgumentParser) -> None:
 def _evaluate(options: Namespace) -> int:
     from dist_train.report import evaluate_run
 
-    run_dir, path = Path(options.run), options.data.path
-    moved = ["--data.source", "auto", "--data.path", path] if path else []
-    evaluate_run(run_dir, _run_config(run_dir, *moved), tta=options.tta, calibrate=options.calibrate)
+    run_dir = Path(options.run)
+    evaluate_run(run_dir, _run_config(run_dir, options.data.path), tta=options.tta, calibrate=options.calibrate)
     return 0
 
 
-def _run_config(run_dir: Path, *options: str) -> Config:
-    """Return the Config that a run was trained with, changed by options."""
+def _run_config(run_dir: Path, data: str | None, source: str = "auto") -> Config:
+    """Return the Config that a run was trained with; data: where its data lies now, if it has moved."""
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run_dir} is not a run folder: it has no config.yaml")
-    return train_config(["train", "--config", str(file), *options])
+    moved = ["--data.source", source, "--data.path", data] if data else []
+    return train_config(["train", "--config", str(file), *moved])
 
 
 # audit
@@ -162,7 +162,7 @@ def _audit(options: Namespace) -> int:
     print(audit.table())
     if options.run:
         run_dir = Path(options.run)
-        config = _run_config(run_dir, "--data.source", "folder", "--data.path", str(folder))
+        config = _run_config(run_dir, str(folder), "folder")
         suspects = find_label_errors(run_dir, config)
         print(f"likely label errors among the validation images that are not in train: {len(suspects):,}")
     try:
@@ -262,9 +262,8 @@ def _add_export_arguments(parser: ArgumentParser) -> None:
 def _export(options: Namespace) -> int:
     from dist_train.export import export
 
-    run_dir, path = Path(options.run), options.data.path
-    moved = ["--data.source", "auto", "--data.path", path] if path else []
-    config = _run_config(run_dir, *moved) if options.quantize else None
+    run_dir = Path(options.run)
+    config = _run_config(run_dir, options.data.path) if options.quantize else None
     export(run_dir, options.out, options.format, quantize=options.quantize, config=config, push=options.push)
     return 0
 

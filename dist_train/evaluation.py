@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,10 @@ from tqdm.auto import tqdm
 from dist_train.config import InputError
 from dist_train.data.loader import ImageLoader
 from dist_train.metrics import Results, Sums
+from dist_train.model import eval_mode
 from dist_train.processes import default_accelerator
 
 JUDGED_AT_ONCE = 256
-
-
-@contextmanager
-def judging(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode, without gradients; give each of its modules its mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:  # model.train() would wake modules that are kept in eval mode
-            module.training = mode
 
 
 def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) -> DataLoader | ImageLoader:
@@ -74,7 +61,7 @@ def evaluate(model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator:
     if sharded and not isinstance(loader, ImageLoader) and accelerator.num_processes > 1:
         raise InputError("validation: with FSDP an ordinary DataLoader may leave processes waiting; use an ImageLoader")
     sums = None
-    with judging(model):
+    with eval_mode(model), torch.inference_mode():
         for batch in tqdm(
             shard_exactly(loader, accelerator),
             "validation",
@@ -110,7 +97,7 @@ def judge(
     batches = list(torch.arange(len(images)).split(JUDGED_AT_ONCE))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
     found: list[tuple[Tensor, Tensor]] = []
-    with judging(model):
+    with eval_mode(model), torch.inference_mode():
         for number in tqdm(own, "judging", leave=False, disable=None if accelerator.is_main_process else True):
             rows = batches[number]
             batch = torch.from_numpy(images[rows.numpy()]).to(accelerator.device)

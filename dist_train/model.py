@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ logger = logging.getLogger(__name__)
 
 WAYS_OUT = "set model.weights to a local file, or model.pretrained: false for random weights"
 PREFIXES = ("module.", "backbone.", "model.", "_orig_mod.")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode; give each of its modules its mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # model.train() would wake modules that are kept in eval mode
+            module.training = mode
 
 
 class FaceModel(nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 
 from dist_train.config import CLASSES
 from dist_train.figures import INK, MUTED, OTHER, RIGHT, WRONG, as_array, calm, new_figure, shortened
+from dist_train.model import eval_mode
 
 
 def view_results(
@@ -80,15 +81,8 @@ def _checked_pictures(images: Any) -> np.ndarray:
 def _predict(model: nn.Module, pictures: np.ndarray) -> np.ndarray:
     """The model's probabilities [N,K]."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.inference_mode():
-            logits = model(torch.from_numpy(pictures).to(like.device, like.dtype))
-    finally:
-        # One by one: model.train() would wake modules that someone froze in eval mode.
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), torch.inference_mode():
+        logits = model(torch.from_numpy(pictures).to(like.device, like.dtype))
     if logits.ndim != 2 or len(logits) != len(pictures):
         raise ValueError(f"model: expected logits [{len(pictures)},K], found {list(logits.shape)}")
     return as_array(logits.float().softmax(1))

@@ -15,6 +15,8 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_train.model import eval_mode
+
 MIN_SIDE = 5
 """Positions along a side that a layer needs; the last layers of a small image have 1 to 3 and point at nothing."""
 
@@ -37,15 +39,10 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     inputs = images.to(device)
     inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
     targets = targets.to(device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with eval_mode(model):
         layer = _choose_layer(model, inputs[:1], targets[:1])
         (shares,) = _attribute(model, [layer], inputs, targets)
         maps = _as_grid(shares.sum(layer.channels), model)
-    finally:
-        for module, mode in modes:  # model.train() would wake modules that are kept in eval mode
-            module.training = mode
     maps = F.interpolate(maps[:, None], inputs.shape[-2:], mode="bicubic", align_corners=False)[:, 0].clamp(min=0)
     return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)).cpu()
 

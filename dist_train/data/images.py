@@ -69,13 +69,14 @@ def _load_source(config: DataConfig) -> Splits:
             return cached(config, stamps, lambda: _read_fer2013(path, config))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
-    files = {split: list_files(folder) for split, folder in split_folders(path).items()}
-    classes = _class_names(path, files)
+    folders = split_folders(path)
+    files = {split: list_files(folder) for split, folder in folders.items()}
+    classes = _class_names(folders, files)
     stamps = [
         str(path.resolve()),
         *(s for split in files.values() for f in split for s in (str(f.relative_to(path)), *stamp(f))),
     ]
-    return cached(config, stamps, lambda: _decode_folders(path, files, classes, config))
+    return cached(config, stamps, lambda: _decode_folders(path, folders, files, classes, config))
 
 
 def _load_synthetic(config: DataConfig) -> Splits:
@@ -117,9 +118,9 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _class_names(path: Path, files: dict[str, list[Path]]) -> tuple[str, ...]:
+def _class_names(folders: dict[str, Path], files: dict[str, list[Path]]) -> tuple[str, ...]:
     names: set[str] = set()
-    for split, folder in split_folders(path).items():
+    for split, folder in folders.items():
         found = {kind.name for kind in folder.iterdir() if kind.is_dir() and not kind.name.startswith(".")}
         used = {file.relative_to(folder).parts[0] for file in files[split]}
         if not found:
@@ -130,12 +131,14 @@ def _class_names(path: Path, files: dict[str, list[Path]]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _decode_folders(path: Path, files: dict[str, list[Path]], classes: tuple[str, ...], config: DataConfig) -> Splits:
+def _decode_folders(
+    path: Path, folders: dict[str, Path], files: dict[str, list[Path]], classes: tuple[str, ...], config: DataConfig
+) -> Splits:
     every = [file for split in files.values() for file in split]
     decoded, bad = decode_files(every, config)
     tell_bad(bad, f"{len(every)} images under {path}", config.skip_bad)
     splits = {}
-    for split, folder in split_folders(path).items():
+    for split, folder in folders.items():
         good = [file for file in files[split] if decoded[file] is not None]
         labels = np.array([classes.index(file.relative_to(folder).parts[0]) for file in good], dtype=np.int64)
         images = stack([decoded[file] for file in good], config.image_size)
