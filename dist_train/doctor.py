@@ -26,9 +26,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from dist_train.config import InputError
 from dist_train.processes import check_launch
 from dist_train.rendezvous import Finding, World, all_reduce, find_world, gather, meet, read
+from dist_train.state import PACKAGES
 from dist_train.tracking import has_wandb_login
 
-PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
 GIB = 2**30
 SHM_NEEDED = GIB // 2  # containers start with 64 MiB; NCCL and loading processes share memory through it
 DISK_NEEDED = 2 * GIB  # a few checkpoints of ResNet18 and W&B's files

@@ -23,7 +23,7 @@ from dist_train.pictures import view_results
 from dist_train.processes import on_main
 from dist_train.saliency import explain, overlay
 from dist_train.scores import count_confusion, find_mistakes
-from dist_train.state import Progress
+from dist_train.state import PACKAGES, Progress
 from dist_train.tracking import Tracker
 from dist_train.training import History
 
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 24
 LISTED_MISTAKES = 64
-PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
 MISTAKE_COLUMNS = ["image", "saliency", "name", "real", "predicted", "confidence"]
 
 

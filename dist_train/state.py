@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+PACKAGES = ("dist_train", "torch", "torchvision", "accelerate", "timm", "wandb")
+"""Whose versions a run records, and all its processes must share."""
+
 
 class Stateful(Protocol):
     """What can be saved and brought back."""

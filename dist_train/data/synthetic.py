@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_train.config import CLASSES
+
 Array = NDArray[np.floating]
 Number = Array | float
 Params = SimpleNamespace  # the numbers of a batch of faces: each attribute is float32 [n, 1, 1]
 
-EXPRESSIONS: tuple[str, ...] = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
+EXPRESSIONS: tuple[str, ...] = CLASSES
 
 UNITS: dict[int, str] = {
     1: "inner brow raiser",
