@@ -18,7 +18,7 @@ test-all: $(READY)
 	$(BIN)/pytest -m "slow or not slow"
 
 test-faults: $(READY)
-	$(BIN)/pytest -m faults -rP
+	$(BIN)/pytest -m faults -rfEP --show-capture stdout
 
 lint: $(READY)
 	$(BIN)/ruff check .

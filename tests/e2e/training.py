@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ import psutil
 from conftest import ROOT, accelerate_launch
 
 SMALL = ("--config", str(ROOT / "configs/smoke.yaml"), "--model.backbone", "timm/test_resnet")
+
+
+def find_trainings(parent: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+    """Return the processes under `parent` that train; one that has ended, reaped or not, is none."""
+    found = []
+    for child in parent.children(recursive=recursive):
+        with suppress(psutil.NoSuchProcess):  # of which ZombieProcess is one
+            if "dist_train" in child.cmdline():
+                found.append(child)
+    return found
 
 
 class Training:
@@ -42,8 +53,8 @@ class Training:
         """Return the training processes, by rank."""
         if self.process.args[1] == "-m" and self.process.args[2] == "dist_train":
             return [psutil.Process(self.process.pid)]
-        children = [c for c in psutil.Process(self.process.pid).children() if "dist_train" in c.cmdline()]
-        return sorted(children, key=lambda child: child.environ()["RANK"])
+        found = find_trainings(psutil.Process(self.process.pid))
+        return sorted(found, key=lambda child: child.environ()["RANK"])
 
     def end(self, seconds: float = 200) -> int:
         """Wait for the end and return the exit code."""
