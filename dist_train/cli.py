@@ -119,6 +119,9 @@ def _train(options: Namespace) -> int:
 def _add_evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="Run folder.")
     parser.add_argument("--data.path", type=str, help="Where the run's data lies now, if not where it lay in training.")
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="Which images to judge; report.json says."
+    )
     parser.add_argument("--tta", action="store_true", help="Average over ten shifted and mirrored views of each image.")
     parser.add_argument(
         "--calibrate", action="store_true", help="Store the fitted temperature with the model, which then applies it."
@@ -129,7 +132,10 @@ def _evaluate(options: Namespace) -> int:
     from dist_train.report import evaluate_run
 
     run_dir = Path(options.run)
-    evaluate_run(run_dir, _run_config(run_dir, options.data.path), tta=options.tta, calibrate=options.calibrate)
+    if options.calibrate and options.split == "test":
+        raise InputError("--calibrate: fits the model to the images it judges; use it with --split validation")
+    judging = {name: options[name] for name in ("split", "tta", "calibrate")}
+    evaluate_run(run_dir, _run_config(run_dir, options.data.path), **judging)
     return 0
 
 

@@ -77,6 +77,8 @@ class DataConfig:
     """Where images come from; auto: by what path is, and the built-in faces when there is no path."""
     path: str | None = None
     """Folder with train/<class>/* and validation/<class>/*, or a fer2013.csv file."""
+    splits: str | None = None
+    """CSV file of path (under data.path) and split (train, validation, test), in place of the folders' own split."""
     image_size: int = 48
     """Side of the square images that the model sees, in pixels."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -105,6 +107,8 @@ class DataConfig:
             raise InputError(f"data.path: missing; data.source {self.source} needs the path of the data")
         if self.source == "synthetic" and self.path is not None:
             raise InputError(f"data.path: {self.path} given, but data.source synthetic draws its own faces")
+        if self.splits is not None and (self.path is None or self.source == "csv"):
+            raise InputError(f"data.splits: {self.splits} given, but it is for the images of a folder (data.path)")
 
 
 @dataclass
@@ -119,6 +123,8 @@ class ModelConfig:
     """A local .safetensors or .pth file to start from, in place of published weights."""
     in_channels: Literal[1, 3] = 3
     """Channels that the backbone sees; gray images are repeated to three."""
+    stem_stride: Literal[1, 2] | None = None
+    """For small images: 1 or 2, the shrinking of a 3x3 stem that replaces a ResNet's 7x7 one of 4; null: keep it."""
 
 
 @dataclass

@@ -35,23 +35,32 @@ SHOWN_EXAMPLES = 8
 HISTORY = ("train_loss", "train_acc", "valid_loss", "valid_acc")
 
 
-def evaluate_run(run_dir: Path, config: Config, *, tta: bool = False, calibrate: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    run_dir: Path, config: Config, *, split: str = "validation", tta: bool = False, calibrate: bool = False
+) -> dict[str, Any]:
     """Judge the validation images, write report.json and report.html in `run_dir`, return the figures.
 
-    config: the run's, whose data and precision are used. tta: average over shifted and mirrored views. calibrate:
-    store the fitted temperature with the model, which divides its logits from then on. Called on every process,
-    with the same figures for any number of them. Raises InputError for a folder that is no run and for data
-    that cannot be read or has other classes than the model.
+    config: the run's, whose data and precision are used. split: "test" judges the test split in their place. tta:
+    average over shifted and mirrored views. calibrate: store the fitted temperature with the model, which divides its
+    logits from then on. Called on every process, with the same figures for any number of them. Raises InputError for
+    a folder that is no run and for data that cannot be read or has other classes than the model.
     """
     precision = config.train.precision if config.train.precision != "fp16" else "auto"  # there may be no GPU here
     accelerator = build_accelerator(TrainConfig(precision=precision))
     model = load_run(run_dir)
-    train, validation = local_main_first(accelerator, load_splits, dataclasses.replace(config.data, drop_leaked=False))
+    data = dataclasses.replace(config.data, drop_leaked=False)
+    train, validation = local_main_first(accelerator, load_splits, data, split)
     model.check_classes(validation.classes, str(run_dir))
     shares = judge(model, validation.images, accelerator=accelerator, tta=tta)
     leaked = find_leaked(train, validation)
     figures = describe(shares, validation.labels, leaked, model.classes)
-    report = {"run": run_dir.resolve().name, "tta": tta, "model_temperature": model.temperature, **figures}
+    report = {
+        "run": run_dir.resolve().name,
+        "split": split,
+        "tta": tta,
+        "model_temperature": model.temperature,
+        **figures,
+    }
     on_main(accelerator, _write, run_dir, report, model, validation, shares, config.data)
     if calibrate:
         on_main(accelerator, _calibrate, run_dir, model, report["temperature"])

@@ -67,6 +67,23 @@ def test_names_with_html_are_escaped_and_leaks_are_counted(tmp_path, hostile):
         assert name in page
 
 
+def test_the_test_split_is_judged_when_asked_for(tmp_path, draw_folder):
+    path, names = draw_folder(train=35, validation=70), []
+    for file in sorted(path.rglob("*.png")):
+        split = "train" if "train" in file.parts else ("validation", "test")[int(file.stem) % 2]
+        names.append(f"{file.relative_to(path)},{split}\n")
+    splits = tmp_path / "splits.csv"
+    splits.write_text("path,split\n" + "".join(names))
+    run_dir = make_run(tmp_path / "run", data := DataConfig(path=str(path), splits=str(splits)))
+    assert main(["evaluate", str(run_dir), "--split", "test"]) == 0
+    report = json.loads((run_dir / "report.json").read_text())
+    _, test = load_splits(data, "test")
+    right = (judge(load_run(run_dir), test.images).argmax(1) == test.labels).mean()
+    assert (report["split"], report["images"]) == ("test", len(test))
+    assert report["accuracy"] == pytest.approx(right, abs=1e-6)
+    assert "test images" in " ".join((run_dir / "report.html").read_text().split())
+
+
 def test_data_may_have_moved(tmp_path, hostile):
     run_dir = make_run(tmp_path / "run", DataConfig(path=str(hostile)))
     assert main(["evaluate", str(run_dir)]) == 0
@@ -99,6 +116,8 @@ def test_bad_input_is_told_in_one_line(tmp_path, hostile, capsys):
         ("evaluate", str(tmp_path / "half")): "not the folder of a finished epoch",
         ("evaluate", str(run_dir), "--data.path", str(hostile)): "its classes are",
         ("evaluate", str(run_dir), "--data.path", str(tmp_path / "nowhere")): "does not exist",
+        ("evaluate", str(run_dir), "--split", "test"): "has no test split",
+        ("evaluate", str(run_dir), "--split", "test", "--calibrate"): "--calibrate",
         ("evaluate",): "run",
     }
     for arguments, said in cases.items():

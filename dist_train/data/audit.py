@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from dist_train.config import InputError
 from dist_train.data.decode import UNREADABLE, read_image
-from dist_train.data.images import list_files, split_folders
+from dist_train.data.folders import list_files, split_folders
 from dist_train.data.imageset import digest
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from dist_train.data.imageset import ImageSet, Splits
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 def stamp(file: Path) -> tuple[str, str]:

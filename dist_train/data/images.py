@@ -18,35 +18,39 @@ from tqdm.auto import tqdm
 from dist_train.config import CLASSES, DataConfig, InputError
 from dist_train.data.cache import cached, stamp
 from dist_train.data.decode import decode_files, stack, tell_bad
+from dist_train.data.folders import SPLITS, Listing, list_folders, list_splits
 from dist_train.data.imageset import ImageSet, Splits, digest
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 
 logger = logging.getLogger(__name__)
 
-TRAIN_NAMES = ("train",)
-VALIDATION_NAMES = ("validation", "valid", "val", "test")
 FER2013_CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
-FER2013_USAGES = {"Training": "train", "PublicTest": "validation"}
+FER2013_USAGES = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
 
 
-def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """Return (train, validation) of the configured source.
+def load_splits(config: DataConfig, held_out: str = "validation") -> tuple[ImageSet, ImageSet]:
+    """Return (train, validation) of the configured source; with held_out "test", (train, test).
 
     Raises InputError for a path that is missing or of an unknown layout, unreadable images (unless
     skip_bad), classes without images, and splits whose classes differ.
     """
     splits = _load_source(config)
     train = splits["train"]
-    validation = splits.get("validation")
+    validation = splits.get(held_out)
+    if validation is None and held_out == "test":
+        raise InputError(
+            f"data: {config.path or 'the built-in faces'} has no test split; name its images in data.splits"
+        )
     if validation is None:
         train, validation = _split_off_validation(train, config.validation_share)
     if config.drop_leaked:
         validation = _drop_leaked(train, validation)
     _check_classes(train, validation)
     logger.info(
-        "data: %d train and %d validation images, %d classes, %s",
+        "data: %d train and %d %s images, %d classes, %s",
         len(train),
         len(validation),
+        held_out,
         len(train.classes),
         "x".join(str(n) for n in train.images.shape[1:]),
     )
@@ -69,14 +73,12 @@ def _load_source(config: DataConfig) -> Splits:
             return cached(config, stamps, lambda: _read_fer2013(path, config))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
-    folders = split_folders(path)
-    files = {split: list_files(folder) for split, folder in folders.items()}
-    classes = _class_names(folders, files)
+    listing = list_splits(Path(config.splits), path) if config.splits else list_folders(path)
     stamps = [
         str(path.resolve()),
-        *(s for split in files.values() for f in split for s in (str(f.relative_to(path)), *stamp(f))),
+        *(s for split, files in listing.items() for f in files for s in (split, str(f.relative_to(path)), *stamp(f))),
     ]
-    return cached(config, stamps, lambda: _decode_folders(path, folders, files, classes, config))
+    return cached(config, stamps, lambda: _decode_folders(path, listing, config))
 
 
 def _load_synthetic(config: DataConfig) -> Splits:
@@ -90,57 +92,18 @@ def _load_synthetic(config: DataConfig) -> Splits:
     return splits
 
 
-# Class folders
+# Folders
 
 
-def split_folders(path: Path) -> dict[str, Path]:
-    """Return the folders of the splits under `path`; one without split folders is all train."""
-    found = {}
-    for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
-        folder = next((path / name for name in names if (path / name).is_dir()), None)
-        if folder:
-            found[split] = folder
-    if "train" not in found:
-        raise InputError(f"data.path: {path} has no folder train/; expected train/<class>/* and validation/<class>/*")
-    return found
-
-
-def list_files(folder: Path) -> list[Path]:
-    """Return all image files under `folder`/<class>/, sorted, by the file endings that PIL knows."""
-    endings = Image.registered_extensions()
-    files = [
-        file
-        for kind in folder.iterdir()
-        if kind.is_dir() and not kind.name.startswith(".")
-        for file in kind.rglob("*")
-        if file.suffix.lower() in endings
-    ]
-    return sorted(files)
-
-
-def _class_names(folders: dict[str, Path], files: dict[str, list[Path]]) -> tuple[str, ...]:
-    names: set[str] = set()
-    for split, folder in folders.items():
-        found = {kind.name for kind in folder.iterdir() if kind.is_dir() and not kind.name.startswith(".")}
-        used = {file.relative_to(folder).parts[0] for file in files[split]}
-        if not found:
-            raise InputError(f"{folder}: no class folders; expected {folder}/<class>/*")
-        if empty := sorted(found - used):
-            raise InputError(f"{folder}: no images of class {', '.join(empty)}; add some or delete the folder")
-        names |= found
-    return tuple(sorted(names))
-
-
-def _decode_folders(
-    path: Path, folders: dict[str, Path], files: dict[str, list[Path]], classes: tuple[str, ...], config: DataConfig
-) -> Splits:
-    every = [file for split in files.values() for file in split]
+def _decode_folders(path: Path, listing: Listing, config: DataConfig) -> Splits:
+    every = [file for files in listing.values() for file in files]
     decoded, bad = decode_files(every, config)
     tell_bad(bad, f"{len(every)} images under {path}", config.skip_bad)
+    classes = tuple(sorted({label for files in listing.values() for label in files.values()}))
     splits = {}
-    for split, folder in folders.items():
-        good = [file for file in files[split] if decoded[file] is not None]
-        labels = np.array([classes.index(file.relative_to(folder).parts[0]) for file in good], dtype=np.int64)
+    for split, files in listing.items():
+        good = [file for file in files if decoded[file] is not None]
+        labels = np.array([classes.index(files[file]) for file in good], dtype=np.int64)
         images = stack([decoded[file] for file in good], config.image_size)
         splits[split] = ImageSet(images, labels, [str(file.relative_to(path)) for file in good], classes)
     return splits
@@ -151,7 +114,7 @@ def _decode_folders(
 
 def _read_fer2013(path: Path, config: DataConfig) -> Splits:
     """Read Kaggle's fer2013.csv: rows of emotion (0-6), pixels (2,304 numbers) and Usage."""
-    rows: dict[str, list[tuple[np.ndarray, int, str]]] = {"train": [], "validation": []}
+    rows: dict[str, list[tuple[np.ndarray, int, str]]] = {split: [] for split in SPLITS}
     left_out, bad, number = 0, [], 0
     with path.open(newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -170,7 +133,7 @@ def _read_fer2013(path: Path, config: DataConfig) -> Splits:
                 bad.append(f"data row {number} ({error})")
     tell_bad(bad, f"{number + 1} rows of {path}", config.skip_bad)
     if left_out:
-        logger.info("%s: %d rows of other Usage than Training and PublicTest left out", path, left_out)
+        logger.info("%s: %d rows of other Usage than %s left out", path, left_out, ", ".join(FER2013_USAGES))
     if not rows["train"]:
         raise InputError(f"{path}: no row with Usage Training")
     order = {name: CLASSES.index(name) for name in FER2013_CLASSES}

@@ -87,7 +87,7 @@ def write_fer2013(file: Path, rows: int = 21, **changes) -> Path:
 def test_fer2013_csv_maps_its_class_order_by_name(tmp_path):
     file = write_fer2013(tmp_path / "fer2013.csv")
     train, validation = load_splits(config(file))
-    assert len(train) == len(validation) == 21  # PrivateTest is left for a final test
+    assert len(train) == len(validation) == len(load_splits(config(file), "test")[1]) == 21
     for label, name in zip(train.labels, train.names, strict=True):
         assert CLASSES[label] == FER2013_CLASSES[int(name) % 7]
     assert np.array_equal(train.images, draw_faces(63, seed=1)[0][:21])
@@ -193,3 +193,50 @@ def test_built_in_faces_need_no_path():
     train, validation = load_splits(DataConfig(count=100, validation_share=0.2))
     assert (len(train), len(validation)) == (80, 20)
     assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in validation.images}
+
+
+def write_splits(file, rows):
+    file.write_text("path,split\n" + "".join(f"{name},{split}\n" for name, split in rows))
+    return str(file)
+
+
+def test_a_splits_file_moves_images_between_splits_and_names_a_test_split(tmp_path, draw_folder):
+    path = draw_folder()
+    train, validation = load_splits(config(path))
+    own = [(name, "validation" if i % 3 else "test") for i, name in enumerate(train.names)]
+    file = write_splits(tmp_path / "splits.csv", own + [(name, "train") for name in validation.names])
+    swapped = config(path, splits=file)
+    now_train, now_validation = load_splits(swapped)
+    _, test = load_splits(swapped, "test")
+    assert now_train.names == validation.names and np.array_equal(now_train.images, validation.images)
+    assert sorted(now_validation.names + test.names) == sorted(train.names)
+    images = dict(zip(train.names, train.images, strict=True))
+    for part in (now_validation, test):
+        assert [name.split("/")[1] for name in part.names] == [part.classes[label] for label in part.labels]
+        assert all(np.array_equal(image, images[name]) for name, image in zip(part.names, part.images, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("path\n", "has no column split"),
+        ("path,split\n{0},train\n{0},test\n", "line 3: {0} stands twice"),
+        ("path,split\n{0},PublicTest\n", "line 2: split 'PublicTest' is not train, validation, test"),
+        ("path,split\nnone.png,train\n", "1 files of .* do not exist, such as .*none.png"),
+        ("path,split\n{0},test\n", "has no row of split train"),
+    ],
+)
+def test_faults_of_a_splits_file_are_told_in_one_line(tmp_path, draw_folder, rows, said):
+    path = draw_folder()
+    name = load_splits(config(path))[0].names[0]
+    file = tmp_path / "splits.csv"
+    file.write_text(rows.format(name))
+    with pytest.raises(InputError, match="data.splits: .*" + said.format(name)):
+        load_splits(config(path, splits=str(file)))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_splits(config(path, splits=str(tmp_path / "none.csv")))
+
+
+def test_a_test_split_that_is_not_there_is_told(draw_folder):
+    with pytest.raises(InputError, match="has no test split"):
+        load_splits(config(draw_folder()), "test")
