@@ -28,6 +28,7 @@ from dist_train.files import write_file
 logger = logging.getLogger(__name__)
 
 WAYS_OUT = "set model.weights to a local file, or model.pretrained: false for random weights"
+STEM = "conv1.weight"
 PREFIXES = ("module.", "backbone.", "model.", "_orig_mod.")
 
 
@@ -48,10 +49,11 @@ class FaceModel(nn.Module):
 
     backbone: a torchvision classifier's name, or timm/NAME; num_classes: width of the head; pretrained: start
     from the published weights; weights: a local .safetensors or .pth file to start from in their place;
-    in_channels: 1 or 3, what the backbone sees; classes: the names behind the labels; image_size: side in pixels
-    of the images it is trained on, for those who use the saved model; temperature: divides the logits, so that
-    probabilities are as sure as they are right (dist-train evaluate --calibrate finds it); gray: it is trained on gray
-    images, so colour is taken out of those it is given.
+    in_channels: 1 or 3, what the backbone sees; stem_stride: 1 or 2, how many times a 3x3 stem shrinks the images
+    in place of a ResNet's own 7x7 stem, which shrinks them 4 times; classes: the names behind the labels;
+    image_size: side in pixels of the images it is trained on, for those who use the saved model; temperature:
+    divides the logits, so that probabilities are as sure as they are right (dist-train evaluate --calibrate finds
+    it); gray: it is trained on gray images, so colour is taken out of those it is given.
 
     Raises InputError for an unknown backbone, for weights that cannot be fetched or read, and for weights
     whose keys or shapes are not the backbone's (the head's may differ: it is then left random).
@@ -68,6 +70,7 @@ class FaceModel(nn.Module):
         weights: str | os.PathLike[str] | None = None,
         *,
         in_channels: int = 3,
+        stem_stride: int | None = None,
         classes: Sequence[str] | None = None,
         image_size: int | None = None,
         temperature: float = 1.0,
@@ -78,6 +81,7 @@ class FaceModel(nn.Module):
             "backbone": backbone,
             "num_classes": num_classes,
             "in_channels": in_channels,
+            "stem_stride": stem_stride,
             "image_size": image_size,
             "temperature": temperature,
             "gray": gray,
@@ -92,6 +96,8 @@ class FaceModel(nn.Module):
         fetch = pretrained and weights is None
         build = _build_timm if backbone.startswith("timm/") else _build_torchvision
         self.backbone, mean, std = build(backbone, num_classes, in_channels, fetch)
+        if stem_stride is not None:
+            _shrink_stem(self.backbone, backbone, stem_stride)
         if weights is not None:
             _load_file(self.backbone, Path(weights))
         if in_channels == 1:
@@ -202,6 +208,16 @@ def _make_gray(model: nn.Module) -> None:
     conv.weight = nn.Parameter(adapt_input_conv(1, conv.weight.detach()))
 
 
+def _shrink_stem(model: nn.Module, name: str, stride: int) -> None:
+    """Replace the 7x7 stem of a ResNet by a 3x3 one, as for small images in He et al. 2016, with random weights."""
+    stem = getattr(model, "conv1", None)
+    if not isinstance(stem, nn.Conv2d) or stem.kernel_size != (7, 7) or not hasattr(model, "maxpool"):
+        raise InputError(f"model.stem_stride: {name} has no 7x7 stem to replace; set model.stem_stride: null")
+    conv = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = conv, nn.Identity()
+
+
 def _head_keys(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the classifier's parameters: of timm's own account, else of the last layer."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier")
@@ -240,18 +256,15 @@ def _load_file(model: nn.Module, file: Path) -> None:
 def _load_state(
     model: nn.Module, state: dict[str, Tensor], source: str | Path, head: Sequence[str] | None = None
 ) -> None:
-    """Load `state`; a head of another size stays random, any other difference is an InputError naming keys."""
+    """Load `state`; a head or stem of another size stays random, any other difference is an InputError naming keys."""
     own = model.state_dict()
     state = dict(state)
-    for key in _head_keys(model) if head is None else head:
-        if key in state and key in own and state[key].shape != own[key].shape:
-            logger.info(
-                "%s: head %s has %d classes, not %d; a new random head replaces it",
-                source,
-                key,
-                len(state[key]),
-                len(own[key]),
-            )
+    for key in (*_head_keys(model), STEM) if head is None else head:
+        if key not in state or key not in own or state[key].shape == own[key].shape:
+            continue
+        if key != STEM or own[key].shape[-1] == 3 < state[key].shape[-1]:  # by model.stem_stride
+            sizes = list(state[key].shape), list(own[key].shape)
+            logger.info("%s: %s of shape %s stays behind; a new random one of %s replaces it", source, key, *sizes)
             state[key] = own[key]
     for key, tensor in state.items():
         if key in own and tensor.ndim == 4 and own[key].shape[1] == 1 and tensor.shape[1] == 3:

@@ -61,10 +61,32 @@ def test_local_weights_replace_a_head_of_another_size(tmp_path, caplog, ending):
         safetensors.torch.save_file(published.state_dict(), file)
     with caplog.at_level(logging.INFO, "dist_train"):
         model = FaceModel(weights=file)
-    assert "head fc.weight has 1000 classes, not 7" in caplog.text
+    assert "fc.weight of shape [1000, 512] stays behind; a new random one of [7, 512] replaces it" in caplog.text
     assert torch.equal(model.backbone.conv1.weight, published.conv1.weight)
     gray = FaceModel(weights=file, in_channels=1)
     torch.testing.assert_close(gray.backbone.conv1.weight, published.conv1.weight.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/resnet18"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_small_stem_shrinks_less_and_is_random_whatever_the_weights(tmp_path, caplog, backbone, stride):
+    published = torchvision.models.resnet18(weights=None)
+    safetensors.torch.save_file(published.state_dict(), tmp_path / "w.safetensors")
+    with caplog.at_level(logging.INFO, "dist_train"):
+        model = FaceModel(backbone, weights=tmp_path / "w.safetensors", stem_stride=stride).eval()
+    assert "conv1.weight of shape [64, 3, 7, 7] stays behind" in caplog.text
+    seen = []
+    model.backbone.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    assert model(torch.rand(2, 1, 48, 48)).shape == (2, 7)
+    assert seen == [48 // stride]
+    assert torch.equal(model.backbone.layer1[0].conv1.weight, published.layer1[0].conv1.weight)
+    model.save(tmp_path / "saved")
+    torch.testing.assert_close(load_run(tmp_path / "saved")(torch.ones(1, 1, 48, 48)), model(torch.ones(1, 1, 48, 48)))
+
+
+def test_a_stem_that_cannot_be_replaced_is_told():
+    with pytest.raises(InputError, match=r"model.stem_stride: mobilenet_v3_small has no 7x7 stem to replace"):
+        FaceModel("mobilenet_v3_small", pretrained=False, stem_stride=1)
 
 
 def test_timm_weights_from_a_file(tmp_path):
