@@ -1,12 +1,13 @@
 """Images per second of training: ours, the bare step, and the notebook's loop, side by side in one run.
 
-    python bench/throughput.py --data DIR [--json FILE]
+    python bench/throughput.py --data DIR [--timm CHECKOUT] [--accelerate CHECKOUT] [--json FILE]
 
 DIR: the real data, train/<class>/*. Ours is train() on the settings of configs/fer2013.yaml. The bare step is
 forward, backward and optimizer step of the same model on a batch that is already in memory, in the same size, batch
 and precision, compiled or not as ours is. The notebook's loop is fp32, batch 32, PIL decoding and transforms in a plain
-DataLoader, Adam, and an .item() in every step. The three take turns, each in a process of its own; the median of the
-rounds counts.
+DataLoader, Adam, and an .item() in every step. timm's train.py and accelerate's complete_cv_example join in from
+checkouts of their repositories (peers.py). All take turns, each in a process of its own; the median of the rounds
+counts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import make_accelerate, make_timm
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -40,6 +42,7 @@ from dist_train.processes import build_accelerator, default_accelerator
 from dist_train.run import build_loaders, build_model
 from dist_train.state import Progress
 
+PEERS = {"timm": make_timm, "accelerate": make_accelerate}
 CONFIG = Path(__file__).parents[1] / "configs" / "fer2013.yaml"
 
 contender: Callable[[], float]  # of this process, made by set_up
@@ -48,6 +51,7 @@ contender: Callable[[], float]  # of this process, made by set_up
 def main() -> None:
     options = parse_options()
     contenders = {"ours": make_ours, "bare_step": make_bare_step, "notebook": make_notebook}
+    contenders |= {name: make for name, make in PEERS.items() if getattr(options, name)}
     # a process each: none gains or suffers from another's settings
     pools = {
         name: ProcessPoolExecutor(1, get_context("spawn"), set_up, (make, options)) for name, make in contenders.items()
@@ -76,6 +80,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--compile", choices=("true", "false"), default="false", help="torch.compile for ours and the bare step"
     )
+    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="of all but the notebook")
+    parser.add_argument("--workers", type=int, default=2, help="of timm's train.py: processes that decode images")
+    for name in PEERS:
+        parser.add_argument(f"--{name}", type=Path, help=f"checkout of {name}'s repository")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     return parser.parse_args()
 
@@ -97,6 +105,7 @@ def build_config(options: argparse.Namespace) -> Config:
         "data.image_size": options.size,
         "train.batch_size": options.batch,
         "train.compile": options.compile,
+        "train.precision": options.precision,
     }
     given = [f"--{key}={value}" for key, value in keys.items()]
     return train_config(["train", "--config", str(CONFIG), "--model.pretrained=false", *given])
@@ -200,7 +209,7 @@ def make_report(speeds: dict[str, list[float]], description: dict[str, Any]) -> 
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CONFIG.parent
     ).stdout.strip()
     return {
-        "ratios": {name: round(median["ours"] / median[name], 3) for name in ("bare_step", "notebook")},
+        "ratios": {name: round(median["ours"] / median[name], 3) for name in median if name != "ours"},
         "images_per_second": {name: round(value, 1) for name, value in median.items()},
         "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
         **description,
