@@ -23,6 +23,15 @@ RECIPES = ROOT / "launch" / "accelerate"
 LAUNCHERS = ("ACCELERATE_", "MASTER_", "WANDB_", "OMP_", "PET_", "SLURM_", "GLOO_", "DIST_TRAIN_")
 
 
+def may_unshare() -> bool:
+    """Return whether this machine lets us have mounts and networks of our own (root in a container often may not)."""
+    unshare = shutil.which("unshare")
+    return (
+        unshare is not None
+        and not subprocess.run([unshare, "--mount", "--net", "true"], capture_output=True).returncode
+    )
+
+
 @pytest.fixture(autouse=True)
 def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No W&B login, no cache, no launcher's variables and no Accelerator from elsewhere."""

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import may_unshare
 
 from dist_train.doctor import judge
 
-CAN_UNSHARE = sys.platform == "linux" and os.geteuid() == 0
-needs_root = pytest.mark.skipif(not CAN_UNSHARE, reason="needs root: unshare --mount, unshare --net")
+needs_root = pytest.mark.skipif(not may_unshare(), reason="needs root: unshare --mount, unshare --net")
 
 
 def free_port() -> int:

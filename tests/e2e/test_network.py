@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, accelerate_launch
+from conftest import ROOT, accelerate_launch, may_unshare
 
 MACHINES = ("dist_train_a", "dist_train_b")
 LINK = "cable0"
@@ -32,7 +32,7 @@ TRAINING = (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("ip") or os.geteuid() != 0, reason="needs root and iproute2: ip netns"),
+    pytest.mark.skipif(not shutil.which("ip") or not may_unshare(), reason="needs root and iproute2: ip netns"),
 ]
 
 
