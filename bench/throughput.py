@@ -107,7 +107,7 @@ def build_config(options: argparse.Namespace) -> Config:
         "train.compile": options.compile,
         "train.precision": options.precision,
     }
-    given = [f"--{key}={value}" for key, value in keys.items()]
+    given = [f"--{key}={value}" for key, value in (keys | getattr(options, "more", {})).items()]
     return train_config(["train", "--config", str(CONFIG), "--model.pretrained=false", *given])
 
 
@@ -118,7 +118,7 @@ def make_ours(options: argparse.Namespace) -> Callable[[], float]:
     data = load_splits(config.data)
     model = build_model(config, data[0])
     optimizer = build_optimizer(model, config.optim)
-    few = data[0].subset(torch.randperm(len(data[0]))[: options.steps * config.train.batch_size].numpy())
+    few = data[0].subset(torch.randperm(len(data[0]))[: options.steps * options.batch].numpy())
     trainloader, validloader = build_loaders(config, (few, data[1].subset(torch.arange(64).numpy())), accelerator)
 
     def run() -> float:
@@ -205,16 +205,23 @@ def start_clock() -> float:
 
 def make_report(speeds: dict[str, list[float]], description: dict[str, Any]) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in speeds.items()}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CONFIG.parent
-    ).stdout.strip()
     return {
         "ratios": {name: round(median["ours"] / median[name], 3) for name in median if name != "ours"},
         "images_per_second": {name: round(value, 1) for name, value in median.items()},
         "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
         **description,
+        **describe_software(),
+    }
+
+
+def describe_software() -> dict[str, Any]:
+    """Return versions and commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CONFIG.parent
+    )
+    return {
         "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")},
-        "commit": commit,
+        "commit": commit.stdout.strip(),
     }
 
 
