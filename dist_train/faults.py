@@ -61,10 +61,10 @@ class Watch:
         # gloo, not the training's own backend: the agreement is between hosts, and no device waits for it
         several = accelerator.num_processes > 1
         self.group: Any = distributed.new_group(backend="gloo", timeout=longest_wait()) if several else None
-        self.finite, self.stop = True, False
+        self.bad = self.stop = False
         self._seen: list[Tensor] = []
         self._copied = torch.cuda.Event() if accelerator.device.type == "cuda" else None
-        self._bad: list[Batch] = []
+        self._spoiled: list[Batch] = []
         self._buffers: list[Tensor] = []
         self._kept: list[Tensor] = []
 
@@ -103,23 +103,23 @@ class Watch:
         self._seen.append(finite)
 
     def agree(self) -> bool:
-        """Return whether every loss of the step is finite on every process; a collective call."""
+        """Return whether a loss of the step is not finite on any process; a collective call."""
         if self._copied:
             self._copied.synchronize()
-        bad = not all(bool(finite) for finite in self._seen)
+        bad = not all(finite.tolist() for finite in self._seen)  # they are in the memory of the host
         flags = torch.tensor([bad, self.signal is not None], dtype=torch.int32)
         if self.group:
             distributed.all_reduce(flags, distributed.ReduceOp.MAX, self.group)
         self._seen.clear()
-        self.finite, self.stop = not flags[0], bool(flags[1])
-        if not self.finite:
+        self.bad, self.stop = map(bool, flags.tolist())
+        if self.bad:
             _copy(self._buffers, self._kept)
-        return self.finite
+        return self.bad
 
     def after_step(self, state: TrainState, batch: Batch) -> None:
         """Raise Interrupted or TrainingError, with the state saved, if the step's verdict says so."""
-        self._bad = [] if self.finite else [*self._bad, batch]
-        if len(self._bad) >= self.max_bad_steps:
+        self._spoiled = [*self._spoiled, batch] if self.bad else []
+        if len(self._spoiled) >= self.max_bad_steps:
             self._give_up(state)
         if self.stop:
             self.checkpointer.save(state)
@@ -131,20 +131,20 @@ class Watch:
 
     def _give_up(self, state: TrainState) -> None:
         """Save the state before the bad steps, list their samples and raise TrainingError."""
-        state.progress.step -= len(self._bad)
+        state.progress.step -= len(self._spoiled)
         batches = state.parts.get("batches")
         if batches:
-            batches.load_state_dict({**batches.state_dict(), "position": self._bad[0].start})
+            batches.load_state_dict({**batches.state_dict(), "position": self._spoiled[0].start})
         self.checkpointer.save(state)
         self.checkpointer.flush()
         file = self.checkpointer.folder.parent / "bad_samples.txt"
         step = state.progress.step + 1
-        indices = [(step + i, n) for i, batch in enumerate(self._bad) for n in batch.samples.tolist()]
+        indices = [(step + i, n) for i, batch in enumerate(self._spoiled) for n in batch.samples.tolist()]
         found = sorted(gather_object([(at, self.names[n] if self.names else str(n)) for at, n in indices]))
         if self.accelerator.is_main_process:
             write_file(file, lambda path: path.write_text("".join(f"step {at}: {name}\n" for at, name in found)))
         raise TrainingError(
-            f"the loss was not finite in {len(self._bad)} steps in a row, the first of them step {step}; the state "
+            f"the loss was not finite in {len(self._spoiled)} steps in a row, the first of them step {step}; the state "
             f"before it is saved, its samples are listed in {file}. Look at them, lower optim.lr, set train.clip_grad "
             "or use train.precision: no, and start anew or go on with --resume auto"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -88,14 +88,15 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     batches = trainloader if isinstance(trainloader, ImageLoader) else _DataLoaderBatches(trainloader, accelerator)
     validloader = shard_exactly(validloader, accelerator)
+    tracker, checkpointer = tracker or NOTHING, checkpointer or NOTHING
+    watch = watch or NOTHING
     progress, meter = progress or Progress(), Meter(accelerator)
     state = TrainState(model, getattr(optimizer, "optimizer", optimizer), progress, averaged and averaged.module)
     if isinstance(batches, ImageLoader):  # an ordinary DataLoader has no position: its epoch begins anew
         state.parts = {"batches": batches, "meter": meter}
     state.parts |= {"scheduler": scheduler} if scheduler else {}
     state.parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
-    if checkpointer:
-        checkpointer.restore(state)
+    checkpointer.restore(state)
 
     while not _finished(progress, num_epochs, max_steps, patience):
         batches.set_epoch(progress.epoch)
@@ -104,39 +105,35 @@ def train(
         with _progress_bar(batches, progress.epoch, num_epochs, accelerator) as bar:
             for batch in bar:
                 _seed_step(seed, progress.step, accelerator.process_index)
+                watch.before_step(model)
                 outputs = []
-                if watch:
-                    watch.before_step(model)
                 for images, labels, last in _micro_batches(batch, gradient_accumulation):
                     with nullcontext() if last else accelerator.no_sync(model):
                         logits = model(images)
                         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-                        if watch:
-                            watch.see(loss)
+                        watch.see(loss)
                         accelerator.backward(loss * batch.scale)
                     outputs.append((loss, logits, labels))
-                finite = watch.agree() if watch else True
+                bad = watch.agree()
                 progress.step += 1
                 logs = progress.step % log_every == 0
                 norm = _gradient_norm(model, clip_grad, accelerator) if logs or clip_grad else None
                 progress.rate = optimizer.param_groups[0]["lr"]
-                for output in outputs if finite else ():
-                    meter.update(*output)
-                if finite or accelerator.scaler:  # a scaler skips the step by itself, and learns from it
+                if not bad or accelerator.scaler:  # a scaler skips the step by itself, and learns from it
                     optimizer.step()
                     if scheduler and not accelerator.optimizer_step_was_skipped:
                         scheduler.step()
                     if averaged:
                         averaged.update(accelerator.unwrap_model(model), progress.step)
                 optimizer.zero_grad()
+                for output in () if bad else outputs:
+                    meter.update(*output)
                 if logs:
                     _log_step(meter, norm, progress, tracker, bar)
                 if progress.step == max_steps:
                     break
-                if checkpointer:
-                    checkpointer.after_step(state)
-                if watch:
-                    watch.after_step(state, batch)
+                checkpointer.after_step(state)
+                watch.after_step(state, batch)
             trained, speed = meter.end_epoch()
             valid = _validate(state, validloader, accelerator)
             bar.set_postfix(_shown(trained) | {f"valid_{name}": text for name, text in _shown(valid).items()})
@@ -152,10 +149,8 @@ def train(
         )
         progress.add(row, _score(valid, best_on))
         _report(row, num_epochs)
-        if tracker:
-            tracker.after_epoch(progress.step, progress.epochs, valid)
-        if checkpointer:
-            checkpointer.after_epoch(state, last=_finished(progress, num_epochs, max_steps, patience))
+        tracker.after_epoch(progress.step, progress.epochs, valid)
+        checkpointer.after_epoch(state, last=_finished(progress, num_epochs, max_steps, patience))
     for held, own in ((accelerator._models, model), (accelerator._optimizers, optimizer)):
         held[:] = [item for item in held if item is not own]  # a next training with this Accelerator must not meet them
     rows = progress.epochs
@@ -165,6 +160,16 @@ def train(
         [row.valid_loss for row in rows],
         [row.valid_acc for row in rows],
     )
+
+
+class _Nothing:
+    """Stands in for what a training goes without: every method may be called, does nothing and returns None."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+NOTHING: Any = _Nothing()
 
 
 class _DataLoaderBatches:
@@ -235,20 +240,19 @@ def _shown(results: Results) -> dict[str, str]:
     return {"loss": f"{results.loss:.4f}", "acc": f"{results.accuracy:.4f}"}
 
 
-def _log_step(meter: Meter, norm: Tensor | None, progress: Progress, tracker: Tracker | None, bar: tqdm) -> None:
+def _log_step(meter: Meter, norm: Tensor | None, progress: Progress, tracker: Tracker, bar: tqdm) -> None:
     total, recent, speed = meter.look()
     bar.set_postfix(_shown(total))
-    if tracker:
-        tracker.log(
-            {
-                "train/loss": recent.loss,
-                "train/accuracy": recent.accuracy,
-                "train/lr": progress.rate,
-                "train/images_per_second": speed,
-                "train/grad_norm": float(norm) if norm is not None else float("nan"),
-            },
-            progress.step,
-        )
+    tracker.log(
+        {
+            "train/loss": recent.loss,
+            "train/accuracy": recent.accuracy,
+            "train/lr": progress.rate,
+            "train/images_per_second": speed,
+            "train/grad_norm": float(norm) if norm is not None else float("nan"),
+        },
+        progress.step,
+    )
 
 
 def _report(row: Epoch, num_epochs: int) -> None:
