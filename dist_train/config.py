@@ -161,6 +161,8 @@ class TrainConfig:
     """Stop after this many optimizer steps, if the epochs do not end sooner."""
     max_bad_steps: int = 3
     """Give up after this many steps in a row whose loss is not finite; such steps change no weights."""
+    profile: bool = False
+    """Record some of the first steps: trace.json and, of where their time goes, profile.csv in the run folder."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation", "max_bad_steps"):

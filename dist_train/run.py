@@ -34,6 +34,7 @@ from dist_train.model import FaceModel
 from dist_train.optim import build_optimizer, build_schedule
 from dist_train.outputs import leave_pictures, write_summary
 from dist_train.processes import build_accelerator, local_main_first, on_main
+from dist_train.profiling import Profiler
 from dist_train.state import Progress
 from dist_train.tracking import Tracker, check_tracker, tracker_kind
 from dist_train.training import train
@@ -49,6 +50,8 @@ OWN_FILES = (
     "report.json",
     "report.html",
     "bad_samples.txt",
+    "trace.json",
+    "profile.csv",
     "best",
     "checkpoints",
     "wandb",
@@ -130,6 +133,7 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
                 tracker=tracker,
                 checkpointer=checkpointer,
                 watch=watch,
+                profiler=Profiler(accelerator, run_dir) if config.train.profile else None,
                 progress=progress,
             )
             checkpointer.flush()

@@ -28,6 +28,7 @@ from dist_train.evaluation import evaluate, shard_exactly, split_batch
 from dist_train.faults import Watch
 from dist_train.metrics import Meter, Results
 from dist_train.processes import default_accelerator
+from dist_train.profiling import Profiler
 from dist_train.state import Epoch, Progress, TrainState
 from dist_train.tracking import Tracker
 
@@ -64,6 +65,7 @@ def train(
     tracker: Tracker | None = None,
     checkpointer: Checkpointer | None = None,
     watch: Watch | None = None,
+    profiler: Profiler | None = None,
     progress: Progress | None = None,
 ) -> History:
     """Train `model` and return (train_loss, train_acc, valid_loss, valid_acc), one value per epoch.
@@ -76,8 +78,8 @@ def train(
     ema: decay of an average of the weights, which is what is then validated; it rises to that value in the first
     steps (timm's warm-up). patience: epochs without a better
     `best_on` (accuracy, macro_f1 or loss of validation) after which training stops. seed: makes dropout and
-    the like a function of seed, step and process. watch: may end the training early, by an exception. progress:
-    is kept up to date with where the training stands.
+    the like a function of seed, step and process. watch: may end the training early, by an exception. profiler:
+    is told which part of a step begins. progress: is kept up to date with where the training stands.
 
     The model is trained in place and ends with its last weights (not the average, which `checkpointer` saves).
     """
@@ -89,7 +91,7 @@ def train(
     batches = trainloader if isinstance(trainloader, ImageLoader) else _DataLoaderBatches(trainloader, accelerator)
     validloader = shard_exactly(validloader, accelerator)
     tracker, checkpointer = tracker or NOTHING, checkpointer or NOTHING
-    watch = watch or NOTHING
+    watch, profiler = watch or NOTHING, profiler or NOTHING
     progress, meter = progress or Progress(), Meter(accelerator)
     state = TrainState(model, getattr(optimizer, "optimizer", optimizer), progress, averaged and averaged.module)
     if isinstance(batches, ImageLoader):  # an ordinary DataLoader has no position: its epoch begins anew
@@ -102,19 +104,25 @@ def train(
         batches.set_epoch(progress.epoch)
         model.train()
         meter.start_clock()
+        profiler.begin("data")
         with _progress_bar(batches, progress.epoch, num_epochs, accelerator) as bar:
             for batch in bar:
+                profiler.begin("forward")
                 _seed_step(seed, progress.step, accelerator.process_index)
                 watch.before_step(model)
                 outputs = []
                 for images, labels, last in _micro_batches(batch, gradient_accumulation):
                     with nullcontext() if last else accelerator.no_sync(model):
+                        profiler.begin("forward")
                         logits = model(images)
                         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
                         watch.see(loss)
+                        profiler.begin("backward")
                         accelerator.backward(loss * batch.scale)
                     outputs.append((loss, logits, labels))
+                profiler.begin("agree")
                 bad = watch.agree()
+                profiler.begin("optimizer")
                 progress.step += 1
                 logs = progress.step % log_every == 0
                 norm = _gradient_norm(model, clip_grad, accelerator) if logs or clip_grad else None
@@ -126,6 +134,7 @@ def train(
                     if averaged:
                         averaged.update(accelerator.unwrap_model(model), progress.step)
                 optimizer.zero_grad()
+                profiler.begin("logging")
                 for output in () if bad else outputs:
                     meter.update(*output)
                 if logs:
@@ -134,6 +143,8 @@ def train(
                     break
                 checkpointer.after_step(state)
                 watch.after_step(state, batch)
+                profiler.begin("data")
+            profiler.begin("validation")
             trained, speed = meter.end_epoch()
             valid = _validate(state, validloader, accelerator)
             bar.set_postfix(_shown(trained) | {f"valid_{name}": text for name, text in _shown(valid).items()})
@@ -151,6 +162,7 @@ def train(
         _report(row, num_epochs)
         tracker.after_epoch(progress.step, progress.epochs, valid)
         checkpointer.after_epoch(state, last=_finished(progress, num_epochs, max_steps, patience))
+    profiler.close()
     for held, own in ((accelerator._models, model), (accelerator._optimizers, optimizer)):
         held[:] = [item for item in held if item is not own]  # a next training with this Accelerator must not meet them
     rows = progress.epochs
