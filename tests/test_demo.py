@@ -94,11 +94,11 @@ def test_page_boxes_two_faces(served: str, browser: Any, tmp_path: Path) -> None
                 None if request.url.startswith((served, "data:", "blob:")) else e.append(request.url)
             ),
         )
-        page.goto(served)
-        page.wait_for_selector("#result .empty")
+        page.goto(served, timeout=120_000)
+        page.wait_for_selector("#result .empty", timeout=120_000)
         page.screenshot(path=ARTEFACTS / f"demo-{scheme}-{width}-start.png", full_page=True)
         page.set_input_files("input[type=file]", tmp_path / "two.png")
-        page.wait_for_selector("#result .face", timeout=60_000)
+        page.wait_for_selector("#result .face", timeout=120_000)
         page.wait_for_timeout(500)  # until Gradio has faded it in
         page.screenshot(path=ARTEFACTS / f"demo-{scheme}-{width}.png", full_page=True)
         assert page.locator("#result svg .box").count() == 2
@@ -119,27 +119,27 @@ def test_page_boxes_two_faces(served: str, browser: Any, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_page_by_keyboard_and_with_bad_files(served: str, browser: Any, tmp_path: Path) -> None:
     page = browser.new_page()
-    page.goto(served)
-    page.wait_for_selector("#result .empty")
+    page.goto(served, timeout=120_000)
+    page.wait_for_selector("#result .empty", timeout=120_000)
     for _ in range(20):  # Tab reaches the examples, Enter chooses one
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.innerText") == "surprise":
             break
     page.keyboard.press("Enter")
-    page.wait_for_selector("#result .face", timeout=60_000)
+    page.wait_for_selector("#result .face", timeout=120_000)
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
     for name in ("text.png", "drawing.svg"):
         page.reload()
-        page.wait_for_selector("#result .empty")
+        page.wait_for_selector("#result .empty", timeout=120_000)
         page.set_input_files("input[type=file]", tmp_path / name)
-        page.wait_for_selector("#result [role=alert]", timeout=60_000)
+        page.wait_for_selector("#result [role=alert]", timeout=120_000)
         assert "not a picture of a known kind" in page.locator("#result [role=alert]").inner_text()
     (tmp_path / "large.png").write_bytes(bytes(21_000_000))
     page.reload()
-    page.wait_for_selector("#result .empty")
+    page.wait_for_selector("#result .empty", timeout=120_000)
     page.set_input_files("input[type=file]", tmp_path / "large.png")
-    page.wait_for_selector("text=/exceed the maximum allowed size/", timeout=60_000)
+    page.wait_for_selector("text=/exceed the maximum allowed size/", timeout=120_000)
     assert page.locator("#result .empty").count() == 1
 
 
