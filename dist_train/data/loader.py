@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dist_train.config import AugmentConfig, InputError
 from dist_train.data.augment import DRAWS, augment
@@ -139,19 +138,17 @@ class ImageLoader:
             return images, labels
         # the partner is the step's mirror position, which need not be one of this process's rows
         others, other_labels = self._samples(draws, 2 * start + size - 1 - rows)
-        share = draws.shares[rows].to(self.device)
+        share = _send(draws.shares[rows], self.device)
         mixed = torch.lerp(others, images, share.view(-1, 1, 1, 1))
-        one_hot, other_one_hot = (
-            F.one_hot(classes, len(self.data.classes)).float() for classes in (labels, other_labels)
-        )
-        return mixed, torch.lerp(other_one_hot, one_hot, share.view(-1, 1))
+        one_hot = torch.eye(len(self.data.classes), device=self.device)
+        return mixed, torch.lerp(one_hot[other_labels], one_hot[labels], share.view(-1, 1))
 
     def _samples(self, draws: EpochDraws, rows: Tensor) -> tuple[Tensor, Tensor]:
         index = draws.order[rows]
-        images = self._images[index.to(self._images.device)].to(self.device, non_blocking=True)
-        labels = self._labels[index.to(self.device)]
+        images = _send(self._images[_send(index, self._images.device)], self.device)
+        labels = self._labels[_send(index, self.device)]
         if self.augment is not None:
-            images = augment(images, draws.changes[rows].to(self.device), self.augment)
+            images = augment(images, _send(draws.changes[rows], self.device), self.augment)
         elif self.mixup:
             images = images.float() / 255
         return images, labels
@@ -163,3 +160,10 @@ def _place(images: Tensor, device: torch.device, residency: str) -> Tensor:
         fits = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         residency = "device" if fits else "host"
     return images.to(device) if residency == "device" else images
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on the device; to a GPU from pinned memory, or the host would wait until it has come."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
