@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn import functional as F
 
 from dist_train.cli import train_config
@@ -88,6 +87,7 @@ def fill_buckets(gradients: list[tuple[float, int]]) -> list[tuple[float, int]]:
 def set_up(options: argparse.Namespace, processes: int) -> tuple[Any, ...]:
     """Return accelerator, model, optimizer and an endless iterator of batches for this process."""
     keys = {"train.batch_size": options.batch * processes, "train.precision": options.precision, "data.count": 1200}
+    keys["train.bf16_gradients"] = getattr(options, "bf16", False)  # scaling.py's own options have none
     config = train_config(["train", "--config", str(CONFIG), *(f"--{key}={value}" for key, value in keys.items())])
     accelerator = build_accelerator(config.train)
     data = load_splits(config.data)
@@ -107,8 +107,6 @@ def time_steps(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of steps alone and with the others (`steps` each), and the median Step of those alone."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator, model, optimizer, batches = set_up(options, processes)
-    if options.bf16:
-        model.register_comm_hook(None, bf16_compress_hook)
     moments: dict[Any, list[float]] = {parameter: [] for parameter in model.parameters()}
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: moments[parameter].append(clock()))

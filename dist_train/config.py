@@ -147,6 +147,8 @@ class TrainConfig:
     """Keep images and convolution weights in channels-last memory order."""
     sync_batchnorm: bool = False
     """Share batch statistics between processes (GPUs only)."""
+    bf16_gradients: bool = False
+    """Send gradients between processes in bf16, half the bytes of fp32; one process has none to send."""
     ema: float = 0.0
     """Decay of the moving average of weights that is validated and saved as best; 0: none."""
     label_smoothing: float = 0.0

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
@@ -44,11 +45,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     precision = choose_precision(config.precision, cpu)
     check_launch()
     _meet_anew(cpu)
+    sent = DDPCommunicationHookType.BF16 if config.bf16_gradients else DDPCommunicationHookType.NO
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=sent),
             InitProcessGroupKwargs(timeout=longest_wait()),
         ],
     )
@@ -57,6 +59,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise InputError("train.sync_batchnorm: true is for GPUs; torch has no SyncBatchNorm on a CPU")
     if config.ema and accelerator.distributed_type == DistributedType.FSDP:
         raise InputError("train.ema: cannot average sharded weights (FSDP); set train.ema: 0")
+    if config.bf16_gradients and accelerator.distributed_type == DistributedType.FSDP:
+        raise InputError("train.bf16_gradients: true is for DDP, and this is FSDP; set it to false")
     _set_threads(accelerator, cpu)
     if cpu:
         _keep_freed_memory()
