@@ -1,0 +1,77 @@
+"""Small trainings and an evaluation whose figures its test knows; started by accelerate launch, writes JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from dist_train import evaluate, train
+from dist_train.config import DataConfig, TrainConfig
+from dist_train.data.images import load_splits
+from dist_train.data.loader import ImageLoader
+from dist_train.processes import build_accelerator
+
+SAMPLES = 101
+
+
+class Small(nn.Module):
+    """A classifier without batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(144, 32), nn.ReLU(), nn.Linear(32, 7))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images.float() / 255 - 0.5)
+
+
+class Telling(nn.Module):
+    """Judges every sample to be of its own class, which is its index."""
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.one_hot(indices, SAMPLES).float()
+
+
+def small_training(bf16_gradients: bool = False, gradient_accumulation: int = 1) -> dict[str, Any]:
+    """Train 70 images in steps of 10 and 11; return losses, and whether all gradients were numbers of bf16."""
+    accelerator = build_accelerator(TrainConfig(precision="no", bf16_gradients=bf16_gradients))
+    faces = load_splits(DataConfig(count=95, validation_share=0.25))
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loaders = ImageLoader(faces[0], 11, shuffle=True, **place), ImageLoader(faces[1], 16, **place)
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rounded: list[bool] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: rounded.extend(torch.equal(p.grad, p.grad.bfloat16().float()) for p in model.parameters())
+    )
+    history = train(model, *loaders, optimizer, 3, accelerator=accelerator, gradient_accumulation=gradient_accumulation)
+    return {"losses": history.train_loss + history.valid_loss, "rounded": all(rounded)}
+
+
+def shuffled_evaluation() -> list[int]:
+    """Return how often each sample is counted."""
+    indices = torch.arange(SAMPLES)
+    loader = DataLoader(TensorDataset(indices, indices), 16, shuffle=True)
+    accelerator = build_accelerator(TrainConfig(precision="no"))
+    return evaluate(Telling(), loader, accelerator=accelerator).confusion.diagonal().tolist()
+
+
+def figures() -> dict[str, Any]:
+    return {
+        "fp32": small_training(),
+        "bf16": small_training(bf16_gradients=True),
+        "accumulated": small_training(gradient_accumulation=4),
+        "counted": shuffled_evaluation(),
+    }
+
+
+if __name__ == "__main__":
+    found = figures()
+    if build_accelerator(TrainConfig(precision="no")).is_main_process:
+        Path(sys.argv[1]).write_text(json.dumps(found))

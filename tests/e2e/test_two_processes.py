@@ -1,0 +1,68 @@
+"""What two processes do together, in real launches."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import accelerate_launch
+from on_two import SAMPLES, figures
+from training import SMALL
+
+PLACE = ("--num_processes", "2", "--main_process_port", "0")
+TRAIN = (*PLACE, "-m", "dist_train", "train", *SMALL, "--track.tool", "none")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, Any]:
+    """What tests/e2e/on_two.py writes."""
+    file = tmp_path_factory.mktemp("two") / "found.json"
+    command = accelerate_launch("multi_cpu", *PLACE, str(Path(__file__).with_name("on_two.py")), str(file))
+    subprocess.run(command, check=True, timeout=300)
+    return json.loads(file.read_text())
+
+
+def test_micro_batches_of_uneven_shares_are_the_training_of_one_process(found):
+    """10 and 11 images a step over 2 processes, each share in 4 parts."""
+    alone = figures()["fp32"]["losses"]
+    assert found["fp32"]["losses"] == pytest.approx(alone, abs=1e-5)
+    assert found["accumulated"]["losses"] == pytest.approx(alone, abs=1e-5)
+
+
+def test_gradients_are_sent_in_bf16_where_asked(found):
+    assert found["bf16"]["rounded"] and not found["fp32"]["rounded"]
+    assert found["bf16"]["losses"] == pytest.approx(found["fp32"]["losses"], abs=1e-3)
+    assert found["bf16"]["losses"] != found["fp32"]["losses"]
+
+
+def test_a_shuffled_validation_loader_counts_each_sample_once(found):
+    assert found["counted"] == [1] * SAMPLES
+
+
+@pytest.mark.slow
+def test_a_training_with_gradients_in_bf16_resumes(launch, tmp_path):
+    options = ("--train.bf16_gradients", "true", "--optim.lr", "0.01", "--save.every_steps", "5", "--save.keep", "9")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    launch("multi_cpu", *TRAIN, *options, "--run_dir", str(whole))
+    checkpoint = whole / "checkpoints" / "step_00000005"
+    launch("multi_cpu", *TRAIN, *options, "--run_dir", str(resumed), "--resume", str(checkpoint))
+    ends = [json.loads((run_dir / "summary.json").read_text()) for run_dir in (whole, resumed)]
+    for name in ("final_train_loss", "final_valid_loss"):
+        assert ends[0][name] == ends[1][name]
+
+
+@pytest.mark.slow
+def test_bad_data_is_told_once_and_ends_both_with_2(launch, tmp_path, draw_folder):
+    """The launcher lists those that have ended when it looks."""
+    data = draw_folder(train=14, validation=7)
+    (data / "train" / "happy" / "bad.png").write_bytes(b"\x89PNG")
+    options = ("--data.source", "folder", "--data.path", str(data), "--run_dir", str(tmp_path / "run"))
+    done = launch("multi_cpu", *TRAIN, *options, succeeds=False)
+    (line,) = [line for line in done.stderr.splitlines() if "dist-train: error:" in line]
+    assert "bad.png" in line and "data.skip_bad" in line
+    assert set(re.findall(r"exitcode\s*: (-?\d+)", done.stderr)) == {"2"}
+    assert not (tmp_path / "run").exists()
