@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_train import evaluate, train
-from dist_train.config import DataConfig, InputError, OptimConfig
+from dist_train.config import Config, DataConfig, InputError, ModelConfig, OptimConfig, TrainConfig
 from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 from dist_train.optim import build_schedule
+from dist_train.run import build_model
 from dist_train.state import Progress
 from dist_train.training import History
 
@@ -211,3 +212,13 @@ def test_seeded_dropout_repeats_and_is_new_at_every_step(faces):
 def test_the_classes_of_drawn_faces_are_the_packages():
     assert load_splits(DataConfig(count=70))[0].classes == EXPRESSIONS
     assert set(draw_faces(7)[1].tolist()) == set(range(7))
+
+
+def test_sync_batchnorm_replaces_every_batchnorm(faces):
+    settings = ModelConfig("timm/test_resnet", pretrained=False)
+    kinds, counts = (nn.BatchNorm2d, nn.SyncBatchNorm), []
+    for shared in (False, True):
+        model = build_model(Config(model=settings, train=TrainConfig(sync_batchnorm=shared)), faces[0])
+        counts.append([sum(isinstance(module, kind) for module in model.modules()) for kind in kinds])
+    assert counts[0][0] > 0 and counts[0][1] == 0
+    assert counts[1] == [0, counts[0][0]]
