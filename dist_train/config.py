@@ -73,19 +73,21 @@ class AugmentConfig:
 class DataConfig:
     """Which images to train on, and how they are kept and changed."""
 
-    source: Literal["auto", "folder", "csv", "synthetic"] = "auto"
+    source: Literal["auto", "folder", "csv", "hub", "synthetic"] = "auto"
     """Where images come from; auto: by what path is, and the built-in faces when there is no path."""
     path: str | None = None
-    """Folder with train/<class>/* and validation/<class>/*, or a fer2013.csv file."""
+    """Folder with train/<class>/* and validation/<class>/*; a fer2013.csv file; of source hub: a data set's name on the
+    Hugging Face Hub, or a folder, glob or URL of Parquet or WebDataset (tar) shards."""
     splits: str | None = None
     """CSV file of path (under data.path) and split (train, validation, test), in place of the folders' own split."""
     image_size: int = 48
     """Side of the square images that the model sees, in pixels."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    residency: Literal["auto", "device", "host"] = "auto"
-    """Where the decoded images stay; auto: on the device if they take less than half of its free memory."""
+    residency: Literal["auto", "device", "host", "stream"] = "auto"
+    """Where the decoded images stay; stream: nowhere, each is decoded when needed; auto: stream if they would take half
+    of the machine's free memory, else device if they take less than half of the device's, else host."""
     workers: int = 0
-    """Threads that decode images; 0: one for each core."""
+    """Threads of each process that decode images; 0: the machine's cores, shared out."""
     cache: str | None = None
     """Folder for decoded images; null: dist_train in the user's cache folder."""
     skip_bad: bool = False
@@ -103,7 +105,7 @@ class DataConfig:
         share = self.validation_share
         _require("data.validation_share", share, 0 < share < 1, "a number between 0 and 1")
         _require("data.count", self.count, self.count >= 70, "at least 70 faces")
-        if self.source in ("folder", "csv") and self.path is None:
+        if self.source in ("folder", "csv", "hub") and self.path is None:
             raise InputError(f"data.path: missing; data.source {self.source} needs the path of the data")
         if self.source == "synthetic" and self.path is not None:
             raise InputError(f"data.path: {self.path} given, but data.source synthetic draws its own faces")
@@ -133,8 +135,8 @@ class TrainConfig:
 
     epochs: int = 15
     """Passes over the training images."""
-    batch_size: int = 128
-    """Images per optimizer step over all processes and micro-batches together."""
+    batch_size: int | Literal["auto"] = 128
+    """Images per optimizer step over all processes and micro-batches together; auto: the smallest near full speed."""
     gradient_accumulation: int = 1
     """Micro-batches that each process splits its share of a batch into, to save memory."""
     precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
@@ -167,7 +169,9 @@ class TrainConfig:
     """Record some of the first steps: trace.json and, of where their time goes, profile.csv in the run folder."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation", "max_bad_steps"):
+        size = self.batch_size
+        _require("train.batch_size", size, size == "auto" or size >= 1, "a whole number >= 1, or auto")
+        for name in ("epochs", "gradient_accumulation", "max_bad_steps"):
             _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
         for name in ("patience", "max_steps"):
             value = getattr(self, name)

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from dist_train.config import InputError
+from dist_train.data.lazy import LazyImages
 from dist_train.data.loader import ImageLoader
 from dist_train.metrics import Results, Sums
 from dist_train.model import eval_mode
-from dist_train.processes import default_accelerator
+from dist_train.processes import default_accelerator, together
 
 JUDGED_AT_ONCE = 256
 
@@ -84,16 +85,29 @@ def evaluate(model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator:
 
 
 def judge(
-    model: nn.Module, images: np.ndarray, *, accelerator: Accelerator | None = None, tta: bool = False
+    model: nn.Module, images: np.ndarray | LazyImages, *, accelerator: Accelerator | None = None, tta: bool = False
 ) -> np.ndarray:
     """Return the probabilities of each image's classes, float32 [N, K], in order and the same on every process.
 
-    images: uint8 [N, C, H, W]. tta: average over ten views, the image and its mirror image, each where it is and
+    images: uint8 [N, C, H, W]; of LazyImages only a batch is in memory, and an InputError for one that cannot be read
+    is raised on all processes. tta: average over ten views, the image and its mirror image, each where it is and
     shifted a little up, down, left and right. Batches are dealt to the processes whole, so that an image is
     computed in the same company, and to the same bits, for any number of processes.
     """
     accelerator = accelerator or default_accelerator()
     model = accelerator.unwrap_model(model, keep_torch_compile=True).to(accelerator.device)
+    found = together(_judge_own, model, images, accelerator, tta)
+    size = accelerator.gather(torch.tensor([found[0][1].shape[1] if found else 0], device=accelerator.device)).max()
+    every = torch.zeros(len(images), int(size), device=accelerator.device)
+    for rows, probabilities in found:
+        every[rows.to(accelerator.device)] = probabilities
+    return accelerator.reduce(every, "sum").cpu().numpy()  # each row is of one process, and 0 on the others
+
+
+def _judge_own(
+    model: nn.Module, images: np.ndarray | LazyImages, accelerator: Accelerator, tta: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows of this process's batches, int64 [B], and the probabilities of their classes, [B, K]."""
     batches = list(torch.arange(len(images)).split(JUDGED_AT_ONCE))
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
     found: list[tuple[Tensor, Tensor]] = []
@@ -105,11 +119,7 @@ def judge(
             with accelerator.autocast():
                 shares = [model(view).float().softmax(1) for view in views]
             found.append((rows, torch.stack(shares).mean(0)))
-    size = accelerator.gather(torch.tensor([found[0][1].shape[1] if found else 0], device=accelerator.device)).max()
-    every = torch.zeros(len(images), int(size), device=accelerator.device)
-    for rows, probabilities in found:
-        every[rows.to(accelerator.device)] = probabilities
-    return accelerator.reduce(every, "sum").cpu().numpy()  # each row is of one process, and 0 on the others
+    return found
 
 
 def _views(images: Tensor) -> list[Tensor]:

@@ -20,6 +20,7 @@ import torch
 from dist_train.config import Config, InputError
 from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
+from dist_train.data.lazy import LazyImages
 from dist_train.data.synthetic import draw_faces
 from dist_train.hub import push_folder, write_hub_folder
 from dist_train.inference import BATCH
@@ -104,12 +105,18 @@ def export_onnx(model: FaceModel, folder: Path) -> None:
     logger.info("export: model.onnx agrees on %d images to %.1e, same class for all", CHECKED, difference)
 
 
-def onnx_logits(file: Path, images: np.ndarray) -> np.ndarray:
-    """Return the logits, float32 [N, K], that an exported model gives for images, uint8 [N, C, S, S]."""
+def onnx_logits(file: Path, images: np.ndarray | LazyImages, repeats: int = 1) -> np.ndarray:
+    """Return the logits, float32 [N, K], that an exported model gives for images, uint8 [N, C, S, S].
+
+    repeats: how often each channel is given to the model.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    parts = [session.run(None, {"images": images[at : at + BATCH]})[0] for at in range(0, len(images), BATCH)]
+    parts = [
+        session.run(None, {"images": images[at : at + BATCH].repeat(repeats, 1)})[0]
+        for at in range(0, len(images), BATCH)
+    ]
     return np.concatenate(parts)
 
 
@@ -129,8 +136,8 @@ def _export_int8(model: FaceModel, folder: Path, how: str, splits: tuple[ImageSe
     repeats = (1 if model.gray else 3) // train.images.shape[1]  # all gray images may be given to a model for colour
     some = np.random.default_rng(0).permutation(len(train))[:CALIBRATED]
     quantize_onnx(folder / "model.onnx", folder / "model.int8.onnx", how, train.images[some].repeat(repeats, 1))
-    images = validation.images.repeat(repeats, 1)
-    logits = {name: onnx_logits(folder / name, images) for name in ("model.onnx", "model.int8.onnx")}
+    images = validation.images
+    logits = {name: onnx_logits(folder / name, images, repeats) for name in ("model.onnx", "model.int8.onnx")}
     full, int8 = ((found.argmax(1) == validation.labels).mean() for found in logits.values())
     report = {
         "quantization": how,

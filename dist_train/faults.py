@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
 from dist_train.checkpoint import Checkpointer
-from dist_train.data.loader import Batch
+from dist_train.data.loader import Batch, UnreadableImage
 from dist_train.files import write_file
 from dist_train.processes import longest_wait
 from dist_train.state import TrainState
@@ -86,6 +86,16 @@ class Watch:
         if name == self.signal == "SIGINT":
             raise KeyboardInterrupt
         self.signal = self.signal or name
+
+    def batches(self, batches: Iterable[Batch], state: TrainState) -> Iterator[Batch]:
+        """Yield the batches; where one cannot be read, save the state and raise UnreadableImage on all processes."""
+        try:
+            yield from batches
+        except UnreadableImage:
+            if state.progress.step:
+                self.checkpointer.save(state)
+                self.checkpointer.flush()
+            raise
 
     def before_step(self, model: nn.Module) -> None:
         """Keep a copy of the model's buffers (batch statistics), which a forward pass changes."""

@@ -169,15 +169,22 @@ def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: 
     return shared[0][0]
 
 
+def together(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `function` on every process; an InputError of any is raised on all."""
+    result, fault = _attempt(function, arguments)
+    if faults := [found for found in gather_object([fault]) if found]:
+        raise InputError(faults[0])
+    return result
+
+
 def local_main_first(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run `function` on each machine's main process, then on the others; an InputError of any is raised on all."""
     result = None
     for turn in (True, False):
-        fault = None
         if accelerator.is_local_main_process == turn:
-            result, fault = _attempt(function, arguments)
-        if faults := [found for found in gather_object([fault]) if found]:
-            raise InputError(faults[0])
+            result = together(function, *arguments)
+        else:
+            together(lambda: None)
     return result
 
 

@@ -14,8 +14,9 @@ import secrets
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -23,11 +24,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
 
+from dist_train.batch_size import with_batch_size
 from dist_train.checkpoint import Checkpointer, check_checkpoint, find_checkpoint, set_aside_damaged
-from dist_train.config import Config, InputError
+from dist_train.config import Config, InputError, TrainConfig
 from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
-from dist_train.data.loader import ImageLoader
+from dist_train.data.loader import ImageLoader, UnreadableImage
 from dist_train.faults import Interrupted, TrainingError, Watch
 from dist_train.files import write_file
 from dist_train.model import FaceModel
@@ -88,13 +90,12 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
     run_dir, checkpoint = on_main(accelerator, _choose_run_dir, config, overwrite)
     config = dataclasses.replace(config, run_dir=str(run_dir))
     splits = local_main_first(accelerator, load_splits, config.data)
-    set_seed(config.train.seed)
-    model = local_main_first(accelerator, build_model, config, splits[0])
+    build = partial(build_parts, splits=splits, accelerator=accelerator)
+    config = with_batch_size(config, accelerator, build, checkpoint)
+    model, trainloader, validloader, optimizer = build(config)
     origin = on_main(accelerator, _origin, config, splits)
     if checkpoint:
         on_main(accelerator, check_checkpoint, checkpoint, model, origin, config.resume_changed)
-    trainloader, validloader = build_loaders(config, splits, accelerator)
-    optimizer = build_optimizer(model, config.optim)
     steps = min(config.train.epochs * len(trainloader), config.train.max_steps or 10**12)
     scheduler = build_schedule(optimizer, config.optim, len(trainloader), steps)
 
@@ -121,27 +122,23 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
                 config.train.epochs,
                 accelerator=accelerator,
                 scheduler=scheduler,
-                gradient_accumulation=config.train.gradient_accumulation,
-                label_smoothing=config.train.label_smoothing,
-                clip_grad=config.train.clip_grad,
-                ema=config.train.ema,
                 patience=config.train.patience,
                 max_steps=config.train.max_steps,
                 best_on=config.save.best_on,
-                seed=config.train.seed,
                 log_every=config.track.log_every,
                 tracker=tracker,
                 checkpointer=checkpointer,
                 watch=watch,
                 profiler=Profiler(accelerator, run_dir) if config.train.profile else None,
                 progress=progress,
+                **step_settings(config.train),
             )
             checkpointer.flush()
             if accelerator.is_main_process:
                 write_summary(run_dir, progress, run_id, accelerator)
             leave_pictures(run_dir, history, splits[1], tracker, accelerator)
             tracker.finish()
-        except Interrupted:
+        except (Interrupted, UnreadableImage):  # both on all processes
             tracker.finish(failed=True)
             accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has left
             accelerator.end_training()
@@ -160,6 +157,28 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
 
 
 # The parts
+
+
+class Parts(NamedTuple):
+    """What is trained, on what, and how."""
+
+    model: FaceModel
+    trainloader: ImageLoader
+    validloader: ImageLoader
+    optimizer: torch.optim.Optimizer
+
+
+def build_parts(config: Config, splits: tuple[ImageSet, ImageSet], accelerator: Accelerator) -> Parts:
+    """Return the parts of a training as they are before its first step, by the seed; called on every process."""
+    set_seed(config.train.seed)
+    model = local_main_first(accelerator, build_model, config, splits[0])
+    return Parts(model, *build_loaders(config, splits, accelerator), build_optimizer(model, config.optim))
+
+
+def step_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return what of a config train() takes that decides what a step does."""
+    names = ("gradient_accumulation", "label_smoothing", "clip_grad", "ema", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 def build_model(config: Config, data: ImageSet) -> FaceModel:
@@ -196,16 +215,18 @@ def build_loaders(
         "residency": config.data.residency,
     }
     train, validation = splits
+    batch_size = config.train.batch_size
+    assert isinstance(batch_size, int)  # with_batch_size() puts a number in the place of auto
     trainloader = ImageLoader(
         train,
-        config.train.batch_size,
+        batch_size,
         shuffle=True,
         augment=config.data.augment,
         mixup=config.train.mixup,
         seed=config.train.seed,
         **place,
     )
-    return trainloader, ImageLoader(validation, config.train.batch_size, **place)
+    return trainloader, ImageLoader(validation, batch_size, **place)
 
 
 # The run folder

@@ -106,7 +106,7 @@ def train(
         meter.start_clock()
         profiler.begin("data")
         with _progress_bar(batches, progress.epoch, num_epochs, accelerator) as bar:
-            for batch in bar:
+            for batch in watch.batches(bar, state) or bar:
                 profiler.begin("forward")
                 _seed_step(seed, progress.step, accelerator.process_index)
                 watch.before_step(model)

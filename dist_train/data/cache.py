@@ -1,6 +1,7 @@
 """The cache of decoded images: written whole by one process, memory-mapped by all, made anew when the files change.
 
-In: what the files are (their stamps) and a function that decodes them. Out: the decoded splits.
+In: what the files are (their stamps) and a function that decodes them. Out: the decoded splits. What was learnt by
+looking at files that are not kept decoded is remembered beside them.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dist_train.config import DataConfig
 from dist_train.data.imageset import ImageSet, Splits
+from dist_train.files import write_file
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 def stamp(file: Path) -> tuple[str, str]:
@@ -40,8 +43,7 @@ def cache_folder(config: DataConfig) -> Path:
 
 def cached(config: DataConfig, stamp: Sequence[str], build: Callable[[], Splits]) -> Splits:
     """Return the splits that `build` makes, from the cache if the same files were decoded before."""
-    key = json.dumps([CACHE_VERSION, config.image_size, config.skip_bad, sys.byteorder, *stamp])
-    folder = cache_folder(config) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    folder = _entry(config, stamp)
     if folder.exists():
         try:
             return _read_cache(folder)
@@ -56,13 +58,35 @@ def cached(config: DataConfig, stamp: Sequence[str], build: Callable[[], Splits]
         return splits
 
 
+def remembered(config: DataConfig, stamp: Sequence[str], look: Callable[[], Any]) -> Any:
+    """Return what `look` returns (what JSON can hold), without looking anew if the same files were looked at before."""
+    file = _entry(config, stamp).with_suffix(".json")
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # not there, or damaged
+        found = look()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, lambda aside: aside.write_text(json.dumps(found)))
+    except OSError as error:
+        logger.warning("cannot keep %s (%s); set data.cache to another folder", file, error)
+    return found
+
+
+def _entry(config: DataConfig, stamp: Sequence[str]) -> Path:
+    key = json.dumps([CACHE_VERSION, config.skip_bad, sys.byteorder, *stamp])
+    return cache_folder(config) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
 def _write_cache(folder: Path, splits: Splits) -> None:
     aside = folder.with_name(f".{folder.name}-{os.getpid()}-{time.time_ns()}")
     aside.mkdir(parents=True)
     try:
         for split, images in splits.items():
-            np.save(aside / f"{split}.images.npy", images.images)
+            np.save(aside / f"{split}.images.npy", np.asarray(images.images))
             np.save(aside / f"{split}.labels.npy", images.labels)
+            if images.sizes is not None:
+                np.save(aside / f"{split}.sizes.npy", images.sizes)
             meta = {"names": images.names, "classes": images.classes}
             (aside / f"{split}.json").write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,7 +106,9 @@ def _read_cache(folder: Path) -> Splits:
         labels = np.load(folder / f"{split}.labels.npy")
         if not len(images) == len(labels) == len(meta["names"]):
             raise ValueError(f"{split} is incomplete")
-        splits[split] = ImageSet(images, labels, meta["names"], tuple(meta["classes"]))
+        file = folder / f"{split}.sizes.npy"
+        sizes = np.load(file) if file.exists() else None
+        splits[split] = ImageSet(images, labels, meta["names"], tuple(meta["classes"]), sizes)
     if "train" not in splits:
         raise ValueError("no train split")
     return splits

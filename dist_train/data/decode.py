@@ -1,21 +1,22 @@
 """Image files to uint8 arrays: one, or many in parallel; what cannot be read is named.
 
-In: paths of whatever PIL reads. Out: squares, gray if the file is gray, else RGB.
+In: paths or contents of whatever PIL reads. Out: squares, gray if the file is gray, else RGB.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from dist_train.config import DataConfig, InputError
+from dist_train.config import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ GRAY_MODES = ("1", "L", "LA")
 MAX_PIXELS = 64_000_000  # bounds the memory that one file can take
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad file
 SHOWN = 20
+SUBMITTED = 4096
+Result = TypeVar("Result")
 
 
 def tell_bad(bad: Sequence[str], of: str, skip: bool) -> None:
@@ -35,22 +38,25 @@ def tell_bad(bad: Sequence[str], of: str, skip: bool) -> None:
         logger.warning("%s. Left out (data.skip_bad)", message)
 
 
-def decode_files(files: Sequence[Path], config: DataConfig) -> tuple[dict[Path, np.ndarray | None], list[str]]:
-    """Decode in parallel; return the arrays (uint8 [H, W] or [H, W, 3], None if unreadable) and the bad files."""
+def attempt_each(function: Callable[[int], Result], count: int, pool: ThreadPoolExecutor) -> list[Result | Exception]:
+    """Return what `function` makes of 0 to count - 1, in parallel, or what it raises of UNREADABLE."""
 
-    def decode(file: Path) -> np.ndarray | Exception:
+    def attempt(i: int) -> Result | Exception:
         try:
-            return decode_image(file, config.image_size)
+            return function(i)
         except UNREADABLE as error:
             return error
 
-    with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool:
-        results = list(tqdm(pool.map(decode, files), "decoding", len(files), unit="image", disable=None, leave=False))
-    bad = [f"{file} ({result})" for file, result in zip(files, results, strict=True) if isinstance(result, Exception)]
-    return {f: None if isinstance(r, Exception) else r for f, r in zip(files, results, strict=True)}, bad
+    results: list[Result | Exception] = []
+    with tqdm(total=count, desc="reading", unit="image", disable=None, leave=False) as bar:
+        for start in range(0, count, SUBMITTED):  # each call that waits takes memory
+            for result in pool.map(attempt, range(start, min(start + SUBMITTED, count))):
+                results.append(result)
+                bar.update()
+    return results
 
 
-def decode_image(file: Path, size: int) -> np.ndarray:
+def decode_image(file: Path | BytesIO, size: int) -> np.ndarray:
     """Return one image file as uint8 [size, size] if it is gray, else [size, size, 3] RGB.
 
     It is turned as its EXIF says, then scaled and cropped around the centre to the square. Raises what PIL
@@ -59,21 +65,39 @@ def decode_image(file: Path, size: int) -> np.ndarray:
     return fit_square(read_image(file), size)
 
 
-def read_image(file: Path) -> Image.Image:
+def is_gray(file: Path | BytesIO) -> bool:
+    """Return whether decode_image would make an image file gray, by its header alone.
+
+    Raises what read_image does, as far as the header shows it.
+    """
+    with Image.open(file) as image:
+        _check(image)
+        return _gray(image.mode)
+
+
+def read_image(file: Path | BytesIO) -> Image.Image:
     """Return one image file (of an animation: its first frame) upright, in mode L if it is gray, else RGB.
 
     Raises what PIL raises for a file it cannot read, and ValueError for more than MAX_PIXELS.
     """
     with Image.open(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-        if image.format == "EPS":  # PIL would have Ghostscript run it
-            raise ValueError("EPS is a program, not a picture")
+        _check(image)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith(("I", "F")):  # 16-bit gray: PIL would clip to 8 bits, not scale
             values = np.nan_to_num(np.asarray(upright, dtype=np.float32)).clip(0)
             upright = Image.fromarray((values / max(values.max(), 255.0) * 255).astype(np.uint8))
-        return upright.convert("L" if upright.mode in GRAY_MODES else "RGB")
+        return upright.convert("L" if _gray(upright.mode) else "RGB")
+
+
+def _check(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    if image.format == "EPS":  # PIL would have Ghostscript run it
+        raise ValueError("EPS is a program, not a picture")
+
+
+def _gray(mode: str) -> bool:
+    return mode in GRAY_MODES or mode.startswith(("I", "F"))
 
 
 def fit_square(picture: Image.Image, size: int) -> np.ndarray:
@@ -81,10 +105,10 @@ def fit_square(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
 
 
-def stack(arrays: Sequence[np.ndarray | None], size: int) -> np.ndarray:
-    """Stack decoded images to uint8 [N, C, size, size]: gray if all are gray, else RGB."""
-    images = [array for array in arrays if array is not None]
-    if all(image.ndim == 2 for image in images):
-        return np.stack(images)[:, None] if images else np.zeros((0, 1, size, size), np.uint8)
-    colour = [np.broadcast_to(i[..., None], (size, size, 3)) if i.ndim == 2 else i for i in images]
-    return np.ascontiguousarray(np.stack(colour).transpose(0, 3, 1, 2))
+def stack(arrays: Sequence[np.ndarray], size: int, channels: int | None = None) -> np.ndarray:
+    """Stack decoded images to uint8 [N, C, size, size]; C by default: 1 if all are gray, else 3."""
+    channels = channels or (1 if all(array.ndim == 2 for array in arrays) else 3)
+    images = np.empty((len(arrays), channels, size, size), np.uint8)
+    for image, array in zip(images, arrays, strict=True):
+        image[...] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+    return images

@@ -1,14 +1,16 @@
-"""Where images come from: class folders, fer2013.csv or the built-in faces, decoded once into uint8 arrays.
+"""Where images come from: class folders, Hugging Face data sets, fer2013.csv or the built-in faces.
 
-In: a DataConfig. Out: two ImageSets, train and validation. Decoded arrays are cached on disk, written by
-one process and memory-mapped by all.
+In: a DataConfig. Out: two ImageSets, train and validation. Images are decoded once into uint8 arrays, which are cached
+on disk, written by one process and memory-mapped by all; those that do not fit in memory are decoded when needed.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from tqdm.auto import tqdm
 
 from dist_train.config import CLASSES, DataConfig, InputError
 from dist_train.data.cache import cached, stamp
-from dist_train.data.decode import decode_files, stack, tell_bad
-from dist_train.data.folders import SPLITS, Listing, list_folders, list_splits
-from dist_train.data.imageset import ImageSet, Splits, digest
+from dist_train.data.decode import tell_bad
+from dist_train.data.encoded import Encoded, load_encoded
+from dist_train.data.folders import SPLITS, list_folders, list_splits
+from dist_train.data.hub import SHARDS, open_hub
+from dist_train.data.imageset import ImageSet, Splits
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 
 logger = logging.getLogger(__name__)
@@ -58,27 +62,36 @@ def load_splits(config: DataConfig, held_out: str = "validation") -> tuple[Image
 
 
 def _load_source(config: DataConfig) -> Splits:
-    kind, path = config.source, Path(config.path) if config.path is not None else None
-    if path is None:
+    kind: str = config.source
+    if config.path is None:
+        kind = "synthetic"
+    elif kind == "auto":
+        kind = _kind(config.path)
+    if config.residency == "stream" and kind in ("csv", "synthetic"):
+        raise InputError(
+            f"data.residency: stream needs image files that can be read one by one; source {kind} has none"
+        )
+    if config.splits and kind != "folder":
+        raise InputError(f"data.splits: {config.splits} given, but it is for the images of a folder (data.path)")
+    if config.path is None:
         return _load_synthetic(config)
+    if kind == "hub":
+        return load_encoded(*open_hub(config), config)
+    path = Path(config.path)
     if not path.exists():
-        raise InputError(f"data.path: {path} does not exist")
-    if kind == "auto":
-        kind = "folder" if path.is_dir() else "csv"
+        raise InputError(f"data.path: {path} does not exist; a data set of the Hugging Face Hub needs data.source hub")
     if (kind == "folder") != path.is_dir():
         raise InputError(f"data.path: {path} is {'a folder' if path.is_dir() else 'a file'}, but data.source is {kind}")
-    if kind == "csv":
-        stamps = [str(path.resolve()), *stamp(path)]
-        try:
-            return cached(config, stamps, lambda: _read_fer2013(path, config))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
-    listing = list_splits(Path(config.splits), path) if config.splits else list_folders(path)
-    stamps = [
-        str(path.resolve()),
-        *(s for split, files in listing.items() for f in files for s in (split, str(f.relative_to(path)), *stamp(f))),
-    ]
-    return cached(config, stamps, lambda: _decode_folders(path, listing, config))
+    return _load_folder(path, config) if kind == "folder" else _load_csv(path, config)
+
+
+def _kind(path: str) -> str:
+    """Return folder, csv or hub: what a path is by its looks."""
+    folder = Path(path)
+    if folder.is_dir():
+        shards = (file for pattern in ("*", "*/*") for end in SHARDS for file in folder.glob(pattern + end))
+        return "folder" if next(shards, None) is None else "hub"
+    return "hub" if path.endswith(SHARDS) and ("://" in path or glob.has_magic(path) or folder.is_file()) else "csv"
 
 
 def _load_synthetic(config: DataConfig) -> Splits:
@@ -95,21 +108,33 @@ def _load_synthetic(config: DataConfig) -> Splits:
 # Folders
 
 
-def _decode_folders(path: Path, listing: Listing, config: DataConfig) -> Splits:
-    every = [file for files in listing.values() for file in files]
-    decoded, bad = decode_files(every, config)
-    tell_bad(bad, f"{len(every)} images under {path}", config.skip_bad)
+def _load_folder(path: Path, config: DataConfig) -> Splits:
+    listing = list_splits(Path(config.splits), path) if config.splits else list_folders(path)
     classes = tuple(sorted({label for files in listing.values() for label in files.values()}))
-    splits = {}
+    index = {label: i for i, label in enumerate(classes)}
+    found, stamps = {}, [str(path.resolve())]
     for split, files in listing.items():
-        good = [file for file in files if decoded[file] is not None]
-        labels = np.array([classes.index(files[file]) for file in good], dtype=np.int64)
-        images = stack([decoded[file] for file in good], config.image_size)
-        splits[split] = ImageSet(images, labels, [str(file.relative_to(path)) for file in good], classes)
-    return splits
+        names, marks = [str(file.relative_to(path)) for file in files], [stamp(file) for file in files]
+        labels, sizes = ([index[label] for label in files.values()], [int(size) for size, _ in marks])
+        stamps += [part for name, mark in zip(names, marks, strict=True) for part in (split, name, *mark)]
+        opener = partial(_file_of, path, names)
+        found[split] = Encoded(opener, names, np.array(labels, np.int64), np.array(sizes, np.int64))
+    return load_encoded(found, classes, stamps, config)
+
+
+def _file_of(folder: Path, names: list[str], i: int) -> Path:
+    return folder / names[i]
 
 
 # fer2013.csv
+
+
+def _load_csv(path: Path, config: DataConfig) -> Splits:
+    stamps = [str(config.image_size), str(path.resolve()), *stamp(path)]
+    try:
+        return cached(config, stamps, lambda: _read_fer2013(path, config))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"data.path: {path} is neither a folder nor a CSV file ({error})") from error
 
 
 def _read_fer2013(path: Path, config: DataConfig) -> Splits:
@@ -195,5 +220,5 @@ def _drop_leaked(train: ImageSet, validation: ImageSet) -> ImageSet:
 
 def find_leaked(train: ImageSet, validation: ImageSet) -> np.ndarray:
     """Return which validation images, bool [N], have the very pixels of an image of train."""
-    seen = {digest(image) for image in train.images}
-    return np.array([digest(image) in seen for image in validation.images], dtype=bool)
+    seen = set(train.digests())
+    return np.array([found in seen for found in validation.digests()], dtype=bool)

@@ -1,11 +1,16 @@
-"""ImageSet: the images of one split in memory, with labels, names and classes."""
+"""ImageSet: the images of one split, in memory or decoded when asked for, with labels, names and classes."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from dist_train.data.lazy import LazyImages
+
+AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -13,27 +18,41 @@ class ImageSet:
     """Images of one split.
 
     images: uint8 [N, C, H, W], C 1 (gray) or 3 (RGB); labels: int64 [N], indices into classes;
-    names: N strings, unique within the split.
+    names: N strings, unique within the split; sizes: int64 [N], bytes of the file of each image, if it has one.
     """
 
-    images: np.ndarray
+    images: np.ndarray | LazyImages
     labels: np.ndarray
     names: list[str]
     classes: tuple[str, ...]
+    sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, index: np.ndarray) -> ImageSet:
         """Return the samples at the positions `index` (int [M])."""
-        return ImageSet(self.images[index], self.labels[index], [self.names[i] for i in index], self.classes)
+        images = self.images.select(index) if isinstance(self.images, LazyImages) else self.images[index]
+        sizes = None if self.sizes is None else self.sizes[index]
+        return ImageSet(images, self.labels[index], [self.names[i] for i in index], self.classes, sizes)
 
     def fingerprint(self) -> str:
-        """Return a digest of pixels, labels and classes."""
-        digest = hashlib.blake2b(repr((self.images.shape, self.classes)).encode(), digest_size=16)
-        for array in (self.images, self.labels):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        """Return a digest of labels, classes and pixels; of files, names and sizes stand for the pixels.
+
+        So it is the same for images in memory and those decoded when asked for, and for a copy of the files.
+        """
+        found = hashlib.blake2b(repr((self.images.shape, self.classes)).encode(), digest_size=16)
+        if self.sizes is None:
+            found.update(np.ascontiguousarray(self.images[:]).data)
+        else:
+            found.update(repr(self.names).encode() + self.sizes.tobytes())
+        found.update(np.ascontiguousarray(self.labels).data)
+        return found.hexdigest()
+
+    def digests(self) -> Iterator[bytes]:
+        """Yield what stands for each image's pixels, while few images are in memory."""
+        for start in range(0, len(self), AT_ONCE):
+            yield from map(digest, self.images[start : start + AT_ONCE])
 
 
 Splits = dict[str, ImageSet]

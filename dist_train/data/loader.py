@@ -1,4 +1,4 @@
-"""Global shuffling, sharding over processes and the position for resume, over images held in memory.
+"""Global shuffling, sharding over processes and the position for resume, over images in memory or on the disk.
 
 In: an ImageSet. Out: batches whose samples, order and augmentation depend on seed, epoch and position in the
 global order only, never on the number of processes.
@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from dist_train.config import AugmentConfig, InputError
+from dist_train.data.ahead import Moved, Mover, ahead
 from dist_train.data.augment import DRAWS, augment
 from dist_train.data.imageset import ImageSet
+from dist_train.data.lazy import LazyImages
+from dist_train.processes import longest_wait
+
+AHEAD = 2
+"""Batches that are prepared before they are due, where that is done by a thread."""
 
 
 class Batch(NamedTuple):
@@ -37,6 +44,10 @@ class Batch(NamedTuple):
     start: int
 
 
+class UnreadableImage(InputError):
+    """An image of a step cannot be read; raised on all processes, before the step."""
+
+
 class EpochDraws(NamedTuple):
     """All that chance decides in an epoch, by position in its global order.
 
@@ -47,6 +58,19 @@ class EpochDraws(NamedTuple):
     order: Tensor
     changes: Tensor
     shares: Tensor | None
+
+
+class Step(NamedTuple):
+    """This process's share of a step.
+
+    start, size: the step in the epoch's global order; rows: int64 [B], this process's positions in that order;
+    needed: int64 [M], in rising order, those and, for mixup, their partners'.
+    """
+
+    start: int
+    size: int
+    rows: Tensor
+    needed: Tensor
 
 
 def step_size(remaining: int, batch_size: int) -> int:
@@ -66,6 +90,9 @@ class ImageLoader:
     in an order drawn from (seed, epoch); with `augment`, each is changed by draws from (seed, epoch, position);
     with `mixup` > 0 (Beta's alpha), each is mixed with another of the same step. Raises InputError where a
     step of a shuffled set has fewer samples than there are processes.
+
+    Images that are not on the device, or not decoded, are got there ahead of time by a thread. UnreadableImage is
+    raised on all processes, before the step, for one that cannot be read.
     """
 
     def __init__(
@@ -93,8 +120,14 @@ class ImageLoader:
                 f"train.batch_size: {batch_size} gives steps of {smallest} (train has {len(data)} images), too few for "
                 f"{world_size} processes; raise train.batch_size or start fewer processes"
             )
-        self._images = _place(torch.from_numpy(data.images), self.device, residency)
+        lazy = isinstance(data.images, LazyImages)
+        self._images = None if lazy else _place(torch.from_numpy(data.images), self.device, residency)
         self._labels = torch.from_numpy(data.labels).to(self.device)
+        self._ahead = AHEAD if self._images is None or self._images.device.type != self.device.type else 0
+        self._mover = Mover(self.device)
+        # gloo: of the hosts, so that no device waits
+        several = lazy and world_size > 1 and distributed.is_initialized()
+        self._group: Any = distributed.new_group(backend="gloo", timeout=longest_wait()) if several else None
 
     def __len__(self) -> int:
         """Return the number of steps from the position to the epoch's end."""
@@ -116,13 +149,26 @@ class ImageLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield this process's share of each step from the position to the epoch's end; then start over."""
         draws = self._draw_epoch()
-        while (remaining := len(self.data) - self.position) > 0:
-            size, start = step_size(remaining, self.batch_size), self.position
-            first, end = (start + size * part // self.world_size for part in (self.rank, self.rank + 1))
-            images, labels = self._batch(draws, torch.arange(first, end), start, size)
-            self.position += size  # before the yield: a checkpoint made at this step must not repeat it
-            yield Batch(images, labels, self.world_size / size, size // self.world_size, draws.order[first:end], start)
+        with closing(ahead(lambda step: self._fetch(draws.order[step.needed]), self._steps(), self._ahead)) as fetched:
+            for step, found in fetched:
+                images, labels = self._batch(draws, step, self._mover.receive(self._agree(found)))
+                start, size = step.start, step.size
+                self.position = start + size  # before the yield: a checkpoint made at this step must not repeat it
+                samples = draws.order[step.rows]
+                yield Batch(images, labels, self.world_size / size, size // self.world_size, samples, start)
         self.position = 0
+
+    def _steps(self) -> Iterator[Step]:
+        """Yield this process's share of each step from the position to the epoch's end."""
+        start = self.position
+        while (remaining := len(self.data) - start) > 0:
+            size = step_size(remaining, self.batch_size)
+            first, end = (start + size * part // self.world_size for part in (self.rank, self.rank + 1))
+            rows = torch.arange(first, end)
+            # a sample's partner is at the step's mirror position, which need not be one of this process's rows
+            needed = torch.cat([rows, 2 * start + size - 1 - rows]).unique() if self.mixup else rows
+            yield Step(start, size, rows, needed)
+            start += size
 
     def _draw_epoch(self) -> EpochDraws:
         count = len(self.data)
@@ -132,21 +178,46 @@ class ImageLoader:
         shares = torch.from_numpy(random.beta(self.mixup, self.mixup, count)).float() if self.mixup else None
         return EpochDraws(order, changes, shares)
 
-    def _batch(self, draws: EpochDraws, rows: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-        images, labels = self._samples(draws, rows)
+    def _fetch(self, samples: Tensor) -> Moved | InputError:
+        """Return the images of `samples` (int64 [M]) on their way to the device, or what is wrong with one of them."""
+        try:
+            if self._images is None:
+                return self._mover.send(torch.from_numpy(self.data.images[samples.numpy()]))
+            return self._mover.send(self._images[_send(samples, self._images.device)])
+        except InputError as error:
+            return error
+
+    def _agree(self, found: Moved | InputError) -> Moved:
+        """Return what was found, or raise what is wrong on any process; a collective call where images are lazy."""
+        fault = str(found) if isinstance(found, InputError) else None
+        faults = [fault]
+        if self._group:
+            bad = torch.tensor(fault is not None, dtype=torch.int32)
+            distributed.all_reduce(bad, distributed.ReduceOp.MAX, self._group)
+            if bad:
+                faults *= self.world_size
+                distributed.all_gather_object(faults, fault, self._group)
+        for fault in filter(None, faults):
+            raise UnreadableImage(fault)
+        assert isinstance(found, Moved)
+        return found
+
+    def _batch(self, draws: EpochDraws, step: Step, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and labels of a step; images: uint8 [M, C, H, W], of the needed positions."""
         if draws.shares is None:
-            return images, labels
-        # the partner is the step's mirror position, which need not be one of this process's rows
-        others, other_labels = self._samples(draws, 2 * start + size - 1 - rows)
-        share = _send(draws.shares[rows], self.device)
-        mixed = torch.lerp(others, images, share.view(-1, 1, 1, 1))
+            return self._change(draws, step.rows, images)
+        (own, labels), (others, other_labels) = (
+            self._change(draws, rows, images[_send(torch.searchsorted(step.needed, rows), self.device)])
+            for rows in (step.rows, 2 * step.start + step.size - 1 - step.rows)
+        )
+        share = _send(draws.shares[step.rows], self.device)
+        mixed = torch.lerp(others, own, share.view(-1, 1, 1, 1))
         one_hot = torch.eye(len(self.data.classes), device=self.device)
         return mixed, torch.lerp(one_hot[other_labels], one_hot[labels], share.view(-1, 1))
 
-    def _samples(self, draws: EpochDraws, rows: Tensor) -> tuple[Tensor, Tensor]:
-        index = draws.order[rows]
-        images = _send(self._images[_send(index, self._images.device)], self.device)
-        labels = self._labels[_send(index, self.device)]
+    def _change(self, draws: EpochDraws, rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images at `rows` changed by their draws, and their labels; images: uint8 [B, C, H, W]."""
+        labels = self._labels[_send(draws.order[rows], self.device)]
         if self.augment is not None:
             images = augment(images, _send(draws.changes[rows], self.device), self.augment)
         elif self.mixup:
