@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from dist_train.cli import train_config
 from dist_train.data.images import load_splits
 from dist_train.optim import build_optimizer
+from dist_train.options import train_config
 from dist_train.processes import build_accelerator
 from dist_train.run import build_loaders, build_model
 

@@ -34,10 +34,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from dist_train import FaceModel, train
-from dist_train.cli import train_config
 from dist_train.config import Config
 from dist_train.data.images import load_splits
 from dist_train.optim import build_optimizer
+from dist_train.options import train_config
 from dist_train.processes import build_accelerator, default_accelerator
 from dist_train.run import build_loaders, build_model
 from dist_train.state import Progress
@@ -136,9 +136,9 @@ def make_bare_step(options: argparse.Namespace) -> Callable[[], float]:
     accelerator = build_accelerator(config.train)
     model = build_model(config, load_splits(config.data)[0]).to(accelerator.device).train()
     optimizer = build_optimizer(model, config.optim)
-    images = torch.rand(config.train.batch_size, 3, config.data.image_size, config.data.image_size)
+    images = torch.rand(options.batch, 3, config.data.image_size, config.data.image_size)
     images = images.to(accelerator.device, memory_format=torch.channels_last)
-    labels = torch.randint(0, 7, (config.train.batch_size,), device=accelerator.device)
+    labels = torch.randint(0, 7, (options.batch,), device=accelerator.device)
 
     def run() -> float:
         started = start_clock()

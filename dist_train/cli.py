@@ -6,32 +6,20 @@ resumable.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 
-from dist_train.config import Config, InputError
+from dist_train.config import InputError
 from dist_train.faults import Interrupted, TrainingError
-from dist_train.launch import RESUMABLE, split_arguments
-from dist_train.messages import check_config_file, explain, keys, with_quickstart
-
-
-class Command(NamedTuple):
-    """A sub-command: its line in --help, what adds its arguments to a parser, and what runs it."""
-
-    help: str
-    add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], int]
+from dist_train.launch import RESUMABLE
+from dist_train.options import Command, add_config_arguments, add_train_arguments, make_config, parse, run_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     main_process = os.environ.get("LOCAL_RANK", "0") == "0"
     _set_up_logging(main_process)
     try:
-        name, options = parse(arguments)
+        name, options = parse(arguments, COMMANDS)
         return COMMANDS[name].run(options)
     except InputError as error:
         if main_process:  # every process of a machine finds the same fault
@@ -57,59 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse(arguments: list[str]) -> tuple[str, Namespace]:
-    """Return the command and its options; InputError names the key, the value and what is allowed."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="dist-train",
-        exit_on_error=False,
-        allow_abbrev=False,
-        version=version("dist_train"),
-        description="Train facial-expression classifiers and use them.",
-    )
-    commands = parser.add_subcommands(dest="command")
-    parsers = {}
-    for name, command in COMMANDS.items():
-        parsers[name] = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=command.help)
-        command.add_arguments(parsers[name])
-        commands.add_subcommand(name, parsers[name], help=command.help)
-    known = keys(parsers[arguments[0]]) if arguments[:1] and arguments[0] in parsers else []
-    if arguments[:1] == ["launch"]:
-        arguments = split_arguments(arguments)
-    if arguments[:1] == ["train"]:
-        arguments = with_quickstart(arguments)
-        check_config_file(arguments, known)
-    try:
-        found = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise InputError(explain(str(error), known)) from error
-    return found.command, parser.instantiate(found)[found.command]
-
-
 # train
-
-
-def train_config(arguments: list[str]) -> Config:
-    """Return the Config that the command line `train ...` asks for."""
-    return _config(parse(arguments)[1])
-
-
-def _config(options: Namespace) -> Config:
-    return Config(**{field.name: options[field.name] for field in fields(Config)})
-
-
-def _add_train_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", action="config", help="YAML file of the keys below; options after it win.")
-    parser.add_class_arguments(Config)
-    parser.add_argument(
-        "--overwrite", action="store_true", default=argparse.SUPPRESS, help="Replace an earlier run in run_dir."
-    )
 
 
 def _train(options: Namespace) -> int:
     from dist_train.run import run_training
 
-    run_training(_config(options), overwrite=bool(options.get("overwrite")))
+    run_training(make_config(options), overwrite=bool(options.get("overwrite")))
+    return 0
+
+
+# lr-find
+
+
+def _add_lr_find_arguments(parser: ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--steps", type=int, default=100, help="Optimizer steps from the lowest rate to the highest.")
+    parser.add_argument("--out", type=str, default="lr_find", help="Folder for lr_find.csv and lr_find.png.")
+
+
+def _lr_find(options: Namespace) -> int:
+    from dist_train.lr_find import find_rate
+
+    config, out = make_config(options), Path(options.out)
+    rate = find_rate(config, out, options.steps)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"suggested optim.lr: {rate:.2g} (in the config: {config.optim.lr:g}); curve: {out / 'lr_find.png'}")
     return 0
 
 
@@ -135,17 +96,8 @@ def _evaluate(options: Namespace) -> int:
     if options.calibrate and options.split == "test":
         raise InputError("--calibrate: fits the model to the images it judges; use it with --split validation")
     judging = {name: options[name] for name in ("split", "tta", "calibrate")}
-    evaluate_run(run_dir, _run_config(run_dir, options.data.path), **judging)
+    evaluate_run(run_dir, run_config(run_dir, options.data.path), **judging)
     return 0
-
-
-def _run_config(run_dir: Path, data: str | None, source: str = "auto") -> Config:
-    """Return the Config that a run was trained with; data: where its data lies now, if it has moved."""
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        raise InputError(f"{run_dir} is not a run folder: it has no config.yaml")
-    moved = ["--data.source", source, "--data.path", data] if data else []
-    return train_config(["train", "--config", str(file), *moved])
 
 
 # audit
@@ -168,7 +120,7 @@ def _audit(options: Namespace) -> int:
     print(audit.table())
     if options.run:
         run_dir = Path(options.run)
-        config = _run_config(run_dir, str(folder), "folder")
+        config = run_config(run_dir, str(folder), "folder")
         suspects = find_label_errors(run_dir, config)
         print(f"likely label errors among the validation images that are not in train: {len(suspects):,}")
     try:
@@ -205,7 +157,7 @@ def _launch(options: Namespace) -> int:
         arguments += ["--train.precision", options.precision]
     if arguments[0] == "launch":
         raise InputError("launch: cannot launch itself; name another command, or the options of train")
-    parse(arguments)  # so that a fault is told once, before anything is started
+    parse(arguments, COMMANDS)  # so that a fault is told once, before anything is started
     if options.processes != "auto" and not (options.processes.isdecimal() and int(options.processes)):
         raise InputError(f"--processes: {options.processes!r} is not allowed; expected auto or a whole number >= 1")
     place = find_place(os.environ, options.nodes)
@@ -269,7 +221,7 @@ def _export(options: Namespace) -> int:
     from dist_train.export import export
 
     run_dir = Path(options.run)
-    config = _run_config(run_dir, options.data.path) if options.quantize else None
+    config = run_config(run_dir, options.data.path) if options.quantize else None
     export(run_dir, options.out, options.format, quantize=options.quantize, config=config, push=options.push)
     return 0
 
@@ -293,8 +245,15 @@ def _demo(options: Namespace) -> int:
 COMMANDS = {
     "train": Command(
         "Train a model and leave a run folder. Without --config and --data.path: the quickstart on the built-in faces.",
-        _add_train_arguments,
+        add_train_arguments,
         _train,
+        takes_config=True,
+    ),
+    "lr-find": Command(
+        "Suggest optim.lr: a short training whose learning rate rises until it diverges. Takes what train takes.",
+        _add_lr_find_arguments,
+        _lr_find,
+        takes_config=True,
     ),
     "evaluate": Command(
         "Judge a run's validation images: figures, report.json and report.html in the run folder.",

@@ -150,6 +150,40 @@ def _draw_panel(
     axes.spines["bottom"].set(visible=True, color=OTHER)
 
 
+def plot_rates(rates: Any, losses: Any, smoothed: Any, suggested: float, configured: float) -> Figure:
+    """The loss over the learning rate of a range test, with the rate that it suggests and the one in the config.
+
+    rates, losses, smoothed: numbers [N], N >= 1, rates rising. Losses that are not finite leave a gap.
+    """
+    rates, losses, smoothed = (np.asarray(values, dtype=float) for values in (rates, losses, smoothed))
+    figure = new_figure(7.0, 4.2)
+    axes = figure.add_axes((0.09, 0.14, 0.87, 0.68))
+    axes.plot(rates, losses, "o", ms=3, color=OTHER)
+    axes.plot(rates, smoothed, color=RIGHT, lw=2.2)
+    known = smoothed[np.isfinite(smoothed)]
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+    pad = 0.15 * max(high - low, 0.1)  # a single wild loss must not flatten the curve
+    axes.set(xscale="log", xlim=(rates[0], rates[-1] * 1.05), ylim=(low - pad, high + pad))
+    for rate, name, colour, style, height in (
+        (suggested, "suggested", RIGHT, "-", 0.94),
+        (configured, "in the config", MUTED, ":", 0.86),
+    ):
+        if rates[0] <= rate <= rates[-1]:
+            axes.axvline(rate, color=colour, lw=1.2, ls=style, zorder=1)
+            axes.text(
+                rate, height, f"{name}  ", transform=axes.get_xaxis_transform(), ha="right", size=9.5, color=colour
+            )
+    axes.minorticks_off()
+    axes.set(xlabel="Learning rate", ylabel="Training loss")
+    axes.grid(axis="y", color=HAIR, lw=0.8)
+    calm(axes)
+    axes.spines["bottom"].set(visible=True, color=OTHER)
+    axes.text(0, 1.14, "Learning-rate range test", transform=axes.transAxes, size=13, weight="bold", color=INK)
+    said = f"Suggested {suggested:.2g}: a tenth of the rate at which the smoothed loss is lowest"
+    axes.text(0, 1.05, said, transform=axes.transAxes, size=9.5, color=INK)
+    return figure
+
+
 def calm(axes: Axes) -> None:
     """No box, no tick marks, quiet labels."""
     axes.spines[:].set_visible(False)

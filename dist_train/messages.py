@@ -28,8 +28,8 @@ def with_quickstart(arguments: list[str]) -> list[str]:
     run_dir = next((b for a, b in pairwise(arguments) if a == "--run_dir"), "")
     resumed = Path(run_dir) / "config.yaml"
     if "--resume" in names and run_dir and resumed.is_file():
-        return ["train", "--config", str(resumed), *arguments[1:]]
-    return ["train", "--config", str(files("dist_train.configs") / "quickstart.yaml"), *arguments[1:]]
+        return [arguments[0], "--config", str(resumed), *arguments[1:]]
+    return [arguments[0], "--config", str(files("dist_train.configs") / "quickstart.yaml"), *arguments[1:]]
 
 
 def check_config_file(arguments: list[str], keys: list[str]) -> None:

@@ -45,7 +45,11 @@ CASES = {
     "YAML that would run code": (["train", "--config", "code.yaml"], ["code.yaml", "not YAML"]),
     "wrong type in file": (["train", "--config", "type.yaml"], ["train.epochs", "'many'", "a whole number"]),
     "bare no in YAML": (["train", "--config", "bare_no.yaml"], ["train.precision", "quotes"]),
-    "wrong type": (["train", "--train.batch_size", "big"], ["train.batch_size", "'big'", "a whole number"]),
+    "wrong type": (
+        ["train", "--train.batch_size", "big"],
+        ["train.batch_size", "'big'", "a whole number or one of auto"],
+    ),
+    "batch of 0": (["train", "--train.batch_size", "0"], ["train.batch_size", "0", ">= 1, or auto"]),
     "wrong type or null": (["train", "--train.clip_grad", "x"], ["train.clip_grad", "a number or null"]),
     "not a bool": (["train", "--model.pretrained", "maybe"], ["model.pretrained", "true or false"]),
     "not a choice": (["train", "--train.precision", "fp8"], ["train.precision", "'fp8'", "auto, no, fp16, bf16"]),
@@ -172,7 +176,7 @@ def test_help_shows_type_default_and_a_line_for_every_key(capsys):
         texts[option] = capsys.readouterr().out
     shown = " ".join(texts["--help"].split())
     assert "Images per optimizer step over all processes" in shown
-    assert "(type: int, default: 128)" in shown
+    assert "(type: Union[int, Literal['auto']], default: 128)" in shown
 
     def keys(settings: dict, prefix: str = ""):
         for name, value in settings.items():

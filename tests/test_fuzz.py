@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dist_train.cli import train_config
 from dist_train.config import CLASSES, DataConfig, InputError
 from dist_train.data.images import load_splits
 from dist_train.data.synthetic import draw_faces
+from dist_train.options import train_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
