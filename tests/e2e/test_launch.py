@@ -127,6 +127,7 @@ def test_every_recipe_of_one_machine_trains_here(launch, tmp_path, recipe):
         assert summary(run_dir)["threads"] == max(1, os.cpu_count() // world_size)
 
 
+@pytest.mark.slow
 def test_two_processes_decode_a_folder_once(launch, tmp_path, draw_folder):
     data = ("--data.source", "folder", "--data.path", str(draw_folder()), "--data.cache", str(tmp_path / "decoded"))
     run_dir = tmp_path / "run"
@@ -151,6 +152,7 @@ def test_the_recipe_of_several_machines_trains_over_two_launchers(tmp_path):
     assert summary(run_dir)["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_dist_train_launch_starts_one_training_on_two_processes(tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "dist_train", "launch", "--processes", "2", "--log_dir", str(tmp_path / "logs")]
