@@ -12,8 +12,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import throughput
@@ -41,7 +39,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def make(name: str) -> Callable[[argparse.Namespace], Callable[[], float]]:
+def make(name: str) -> throughput.Maker:
     """Return what makes the contender of a variant in its process."""
     if name == "freed memory given back":
         return make_forgetful
@@ -56,18 +54,11 @@ def make_forgetful(options: argparse.Namespace) -> Callable[[], float]:
 
 def main() -> None:
     options = parse_options()
-    pools = {}
-    for name in options.only or VARIANTS:
-        own = argparse.Namespace(**vars(options), more=VARIANTS[name])
-        pools[name] = ProcessPoolExecutor(1, get_context("spawn"), throughput.set_up, (make(name), own))
-    speeds: dict[str, list[float]] = {name: [] for name in pools}
-    for number in range(options.rounds + 1):  # the first round warms up
-        for name, pool in pools.items():
-            speed = pool.submit(throughput.call).result()
-            if number:
-                speeds[name].append(speed)
-    for pool in pools.values():
-        pool.shutdown()
+    contenders = {
+        name: (make(name), argparse.Namespace(**vars(options), more=VARIANTS[name]))
+        for name in options.only or VARIANTS
+    }
+    speeds = throughput.take_turns(contenders, options.rounds)
     median = {name: statistics.median(values) for name, values in speeds.items()}
     first = median[next(iter(median))]
     report = {

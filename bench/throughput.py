@@ -45,6 +45,8 @@ from dist_train.state import Progress
 PEERS = {"timm": make_timm, "accelerate": make_accelerate}
 CONFIG = Path(__file__).parents[1] / "configs" / "fer2013.yaml"
 
+Maker = Callable[[argparse.Namespace], Callable[[], float]]
+
 contender: Callable[[], float]  # of this process, made by set_up
 
 
@@ -52,22 +54,28 @@ def main() -> None:
     options = parse_options()
     contenders = {"ours": make_ours, "bare_step": make_bare_step, "notebook": make_notebook}
     contenders |= {name: make for name, make in PEERS.items() if getattr(options, name)}
-    # a process each: none gains or suffers from another's settings
-    pools = {
-        name: ProcessPoolExecutor(1, get_context("spawn"), set_up, (make, options)) for name, make in contenders.items()
-    }
+    speeds = take_turns({name: (make, options) for name, make in contenders.items()}, options.rounds)
+    report = make_report(speeds, describe(options))
+    print(json.dumps(report, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def take_turns(contenders: dict[str, tuple[Maker, argparse.Namespace]], rounds: int) -> dict[str, list[float]]:
+    """Return the images per second of each contender in each round, after one that warms up.
+
+    Each has a process of its own: none gains or suffers from another's settings.
+    """
+    pools = {name: ProcessPoolExecutor(1, get_context("spawn"), set_up, made) for name, made in contenders.items()}
     speeds: dict[str, list[float]] = {name: [] for name in pools}
-    for number in range(options.rounds + 1):  # the first round warms up
+    for number in range(rounds + 1):
         for name, pool in pools.items():
             speed = pool.submit(call).result()
             if number:
                 speeds[name].append(speed)
-    report = make_report(speeds, pools["ours"].submit(describe, options).result())
     for pool in pools.values():
         pool.shutdown()
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return speeds
 
 
 def parse_options() -> argparse.Namespace:
@@ -88,7 +96,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def set_up(make: Callable[[argparse.Namespace], Callable[[], float]], options: argparse.Namespace) -> None:
+def set_up(make: Maker, options: argparse.Namespace) -> None:
     """Make this process's contender."""
     global contender
     contender = make(options)
@@ -181,7 +189,7 @@ def make_notebook(options: argparse.Namespace) -> Callable[[], float]:
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """Return settings and machine, as the process of `ours` sees them."""
+    """Return settings and machine."""
     config = build_config(options)
     accelerator = build_accelerator(config.train)
     gpu = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else None
