@@ -9,13 +9,13 @@ below 1 is what would be lost by the change.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import throughput
 import torch
+from reporting import software, write_report
 
 from dist_train import processes
 
@@ -65,11 +65,9 @@ def main() -> None:
         "ratios": {name: round(value / first, 3) for name, value in median.items()},
         "images_per_second": {name: round(value, 1) for name, value in median.items()},
         "settings": {"image_size": options.size, "batch_size": options.batch, "threads": torch.get_num_threads()},
-        **throughput.describe_software(),
+        **software(*throughput.PACKAGES),
     }
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.json)
 
 
 def parse_options() -> argparse.Namespace:

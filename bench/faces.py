@@ -10,18 +10,16 @@ DIR (train/<class>/*, validation/<class>/*), real ones. A face counts as found i
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from reporting import software, write_report
 
 from dist_train.data.decode import read_image
 from dist_train.data.synthetic import draw_faces
@@ -42,18 +40,12 @@ def main() -> None:
         files = sorted(options.data.glob("validation/*/*"))
         real = [read_image(file) for file in random.Random(1).sample(files, min(400, len(files)))]
         kinds["real"] = [face for face in real if np.asarray(face).std() > 5]  # some are blank
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     report = {
         **{kind: measure(faces, options.pictures) for kind, faces in kinds.items()},
         "machine": {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {name: version(name) for name in ("facenet-pytorch", "torch", "pillow")},
-        "commit": commit,
+        **software("facenet-pytorch", "torch", "pillow"),
     }
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.json)
 
 
 def measure(faces: list[Image.Image], count: int) -> dict[str, Any]:

@@ -10,22 +10,20 @@ process; they take turns, and the median of the rounds counts. Latency is that o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from reporting import software, write_report
 
 from dist_train import load_run
 from dist_train.data.synthetic import draw_faces
@@ -53,9 +51,7 @@ def main() -> None:
         for pool in pools.values():
             pool.shutdown()
     report = make_report(speeds, options, size)
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.json)
 
 
 def parse_options() -> argparse.Namespace:
@@ -128,9 +124,6 @@ def make_report(
 ) -> dict[str, Any]:
     rates = {name: statistics.median(speed for speed, _ in rounds) for name, rounds in speeds.items()}
     latencies = {name: statistics.median(latency for _, latency in rounds) for name, rounds in speeds.items()}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "images_per_second_over_torch": {name: round(rate / rates["torch"], 3) for name, rate in rates.items()},
         "latency_over_torch": {name: round(value / latencies["torch"], 3) for name, value in latencies.items()},
@@ -139,8 +132,7 @@ def make_report(
         "megabytes": {name: round(value, 1) for name, value in size.items()},
         "settings": {"image_size": load_run(options.run).image_size, "batch_size": options.batch},
         "machine": {"device": platform.processor() or platform.machine(), "threads": threads()},
-        "versions": {name: version(name) for name in ("torch", "onnxruntime", "onnx")},
-        "commit": commit,
+        **software("torch", "onnxruntime", "onnx"),
     }
 
 

@@ -11,7 +11,6 @@ images is filled beforehand. `added_of_a_copy`: what a further process adds to t
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -19,13 +18,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from reporting import software, write_report
 
 from dist_train.data.images import load_splits
 from dist_train.optim import build_optimizer
@@ -48,9 +47,7 @@ def main() -> None:
     copy = sum(math.prod(split.images.shape) for split in data) / MB
     peaks = {count: measure(count) for count in options.processes}
     report = make_report(options, peaks, copy)
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.json)
     return None
 
 
@@ -83,13 +80,12 @@ def train_briefly(options: argparse.Namespace) -> None:
     config = build_config(options)
     accelerator = build_accelerator(config.train)
     splits = local_main_first(accelerator, load_splits, config.data)
-    trainloader, validloader = build_loaders(config, splits, accelerator)
     for split in splits if options.residency == "host" else ():
         for start in range(0, len(split), 256):
             split.images[start : start + 256].max()
     model = build_model(config, splits[0])
     few = splits[1].subset(np.arange(0, len(splits[1]), 200))
-    validloader = build_loaders(config, (splits[0], few), accelerator)[1]
+    trainloader, validloader = build_loaders(config, (splits[0], few), accelerator)
     optimizer = build_optimizer(model, config.optim)
     train(model, trainloader, validloader, optimizer, 1, accelerator=accelerator, max_steps=options.steps)
     accelerator.wait_for_everyone()
@@ -127,7 +123,6 @@ def make_report(options: argparse.Namespace, peaks: dict[int, dict[str, float]],
     added = {
         f"{few} to {many}": (peaks[many]["pss"] - peaks[few]["pss"]) / (many - few) for few, many in pairwise(peaks)
     }
-    git = ["git", "describe", "--always", "--dirty"]
     return {
         "added_of_a_copy": {name: round(value / copy, 3) for name, value in added.items()},
         "added_by_each_further_process_mb": {name: round(value) for name, value in added.items()},
@@ -135,8 +130,7 @@ def make_report(options: argparse.Namespace, peaks: dict[int, dict[str, float]],
         "peak_mb": {count: {name: round(value) for name, value in found.items()} for count, found in peaks.items()},
         "settings": {"image_size": options.size, "residency": options.residency, "steps": options.steps},
         "machine": {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")},
-        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        **software("torch", "torchvision", "accelerate", "timm"),
     }
 
 

@@ -13,36 +13,33 @@ counts.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from notebook_loop import Notebook
 from peers import make_accelerate, make_timm
+from reporting import software, write_report
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
-from dist_train import FaceModel, train
+from dist_train import train
 from dist_train.config import Config
 from dist_train.data.images import load_splits
 from dist_train.optim import build_optimizer
 from dist_train.options import train_config
-from dist_train.processes import build_accelerator, default_accelerator
+from dist_train.processes import build_accelerator
 from dist_train.run import build_loaders, build_model
 from dist_train.state import Progress
 
 PEERS = {"timm": make_timm, "accelerate": make_accelerate}
+PACKAGES = ("torch", "torchvision", "accelerate", "timm")
 CONFIG = Path(__file__).parents[1] / "configs" / "fer2013.yaml"
 
 Maker = Callable[[argparse.Namespace], Callable[[], float]]
@@ -56,9 +53,7 @@ def main() -> None:
     contenders |= {name: make for name, make in PEERS.items() if getattr(options, name)}
     speeds = take_turns({name: (make, options) for name, make in contenders.items()}, options.rounds)
     report = make_report(speeds, describe(options))
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.json)
 
 
 def take_turns(contenders: dict[str, tuple[Maker, argparse.Namespace]], rounds: int) -> dict[str, list[float]]:
@@ -163,26 +158,11 @@ def make_bare_step(options: argparse.Namespace) -> Callable[[], float]:
 
 def make_notebook(options: argparse.Namespace) -> Callable[[], float]:
     """Return a function that runs the notebook's loop and returns its images per second."""
-    device = default_accelerator().device
-    change = transforms.Compose(
-        [transforms.RandomHorizontalFlip(), transforms.RandomRotation((-20, 20)), transforms.ToTensor()]
-    )
-    loader = DataLoader(ImageFolder(f"{options.data}/train", transform=change), batch_size=32, shuffle=True)
-    model = FaceModel(pretrained=False).to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    notebook = Notebook(options.data)
 
     def run() -> float:
-        started, total_loss, right, count = start_clock(), 0.0, 0, 0
-        for images, labels in islice(loader, 2 * options.steps):
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            total_loss += loss.item()
-            right += (logits.argmax(1) == labels).sum().item()
-            count += len(labels)
+        started = start_clock()
+        count = notebook.train(islice(notebook.loader, 2 * options.steps))
         return count / (start_clock() - started)
 
     return run
@@ -218,18 +198,7 @@ def make_report(speeds: dict[str, list[float]], description: dict[str, Any]) -> 
         "images_per_second": {name: round(value, 1) for name, value in median.items()},
         "rounds": {name: [round(value, 1) for value in values] for name, values in speeds.items()},
         **description,
-        **describe_software(),
-    }
-
-
-def describe_software() -> dict[str, Any]:
-    """Return versions and commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=CONFIG.parent
-    )
-    return {
-        "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")},
-        "commit": commit.stdout.strip(),
+        **software(*PACKAGES),
     }
 
 

@@ -11,25 +11,24 @@ minutes of ours and then given up. Start-up, decoding and validation count; ours
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from notebook_loop import Notebook
+from reporting import software, write_report
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from dist_train import FaceModel, evaluate
-from dist_train.processes import default_accelerator
+from dist_train import evaluate
 
 ROOT = Path(__file__).parents[1]
 EPOCH = re.compile(r"epoch \d+.*valid loss [\d.]+, accuracy ([\d.]+)")
@@ -60,9 +59,7 @@ def main() -> None:
         budget = options.times * curves["ours"][-1][0]
         curves["notebook"] = follow([sys.executable, __file__, ROLE, options.data], options.target, budget)
     report = make_report(options, curves)
-    print(json.dumps(report, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(report, options.json)
 
 
 def parse_options() -> argparse.Namespace:
@@ -96,27 +93,12 @@ def follow(command: list[str], target: float, budget: float) -> list[tuple[float
 
 def run_notebook(data: str) -> None:
     """Train as the notebook does, for ever; write each epoch's accuracy to stderr."""
-    device = default_accelerator().device
-    change = transforms.Compose(
-        [transforms.RandomHorizontalFlip(), transforms.RandomRotation((-20, 20)), transforms.ToTensor()]
-    )
-    loader = DataLoader(ImageFolder(f"{data}/train", transform=change), batch_size=32, shuffle=True)
-    valid = DataLoader(ImageFolder(f"{data}/validation", transform=transforms.ToTensor()), batch_size=32)
     torch.manual_seed(0)
-    model = FaceModel(pretrained=False).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    epoch = 0
-    while True:
-        epoch += 1
-        model.train()
-        total = 0.0
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        results = evaluate(model, valid)
+    notebook = Notebook(data)
+    valid = DataLoader(ImageFolder(f"{data}/validation", transform=transforms.ToTensor()), batch_size=32)
+    for epoch in count(1):
+        notebook.train(notebook.loader)
+        results = evaluate(notebook.model, valid)
         print(f"epoch {epoch}: valid loss {results.loss:.4f}, accuracy {results.accuracy:.4f}", file=sys.stderr)
 
 
@@ -126,7 +108,6 @@ def make_report(options: argparse.Namespace, curves: dict[str, list[tuple[float,
     }
     ours, theirs = seconds["ours"], seconds["notebook"]
     at_least = theirs is None
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     return {
         "ratio": round((theirs or curves["notebook"][-1][0]) / ours, 2) if ours else None,
         "ratio_is_a_lower_bound": at_least,
@@ -136,8 +117,7 @@ def make_report(options: argparse.Namespace, curves: dict[str, list[tuple[float,
         "curves": curves,
         "options": options.more,
         "machine": {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")},
-        "commit": commit.stdout.strip(),
+        **software("torch", "torchvision", "accelerate", "timm"),
     }
 
 
