@@ -130,8 +130,7 @@ def _time_steps(
     seconds: list[float] = []
     started = None
     for batch in chain.from_iterable(repeat(loader)):
-        count = max(1, min(config.gradient_accumulation, batch.parts))
-        for images, labels in zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True):
+        for images, labels, _last in batch.micro_batches(config.gradient_accumulation):
             with accelerator.autocast():
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=config.label_smoothing)

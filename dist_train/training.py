@@ -111,7 +111,7 @@ def train(
                 _seed_step(seed, progress.step, accelerator.process_index)
                 watch.before_step(model)
                 outputs = []
-                for images, labels, last in _micro_batches(batch, gradient_accumulation):
+                for images, labels, last in batch.micro_batches(gradient_accumulation):
                     with nullcontext() if last else accelerator.no_sync(model):
                         profiler.begin("forward")
                         logits = model(images)
@@ -200,14 +200,6 @@ class _DataLoaderBatches:
 
     def set_epoch(self, epoch: int) -> None:
         self.loader.set_epoch(epoch)
-
-
-def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Yield up to `count` parts (images, labels, whether it is the last) of a batch, as many on every process."""
-    count = max(1, min(count, batch.parts))
-    parts = zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True)
-    for number, (images, labels) in enumerate(parts, start=1):
-        yield images, labels, number == count
 
 
 def _finished(progress: Progress, num_epochs: int, max_steps: int | None, patience: int | None) -> bool:

@@ -43,6 +43,13 @@ class Batch(NamedTuple):
     samples: Tensor
     start: int
 
+    def micro_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Yield up to `count` parts (images, labels, whether it is the last), as many on every process."""
+        count = max(1, min(count, self.parts))
+        parts = zip(self.images.tensor_split(count), self.labels.tensor_split(count), strict=True)
+        for number, (images, labels) in enumerate(parts, start=1):
+            yield images, labels, number == count
+
 
 class UnreadableImage(InputError):
     """An image of a step cannot be read; raised on all processes, before the step."""
