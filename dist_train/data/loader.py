@@ -99,7 +99,8 @@ class ImageLoader:
     step of a shuffled set has fewer samples than there are processes.
 
     Images that are not on the device, or not decoded, are got there ahead of time by a thread. UnreadableImage is
-    raised on all processes, before the step, for one that cannot be read.
+    raised on all processes, before the step, for one that cannot be read. Where torch.distributed is initialised, all
+    processes make their loaders together.
     """
 
     def __init__(
@@ -128,13 +129,16 @@ class ImageLoader:
                 f"{world_size} processes; raise train.batch_size or start fewer processes"
             )
         lazy = isinstance(data.images, LazyImages)
+        lazies = [lazy] * world_size
+        if several := world_size > 1 and distributed.is_initialized():
+            distributed.all_gather_object(lazies, lazy)  # machines may differ in what fits in their memory
         self._images = None if lazy else _place(torch.from_numpy(data.images), self.device, residency)
         self._labels = torch.from_numpy(data.labels).to(self.device)
         self._ahead = AHEAD if self._images is None or self._images.device.type != self.device.type else 0
         self._mover = Mover(self.device)
         # gloo: of the hosts, so that no device waits
-        several = lazy and world_size > 1 and distributed.is_initialized()
-        self._group: Any = distributed.new_group(backend="gloo", timeout=longest_wait()) if several else None
+        together = several and any(lazies)
+        self._group: Any = distributed.new_group(backend="gloo", timeout=longest_wait()) if together else None
 
     def __len__(self) -> int:
         """Return the number of steps from the position to the epoch's end."""
@@ -195,7 +199,7 @@ class ImageLoader:
             return error
 
     def _agree(self, found: Moved | InputError) -> Moved:
-        """Return what was found, or raise what is wrong on any process; a collective call where images are lazy."""
+        """Return what was found, or raise what is wrong on any process; a collective call where any are lazy."""
         fault = str(found) if isinstance(found, InputError) else None
         faults = [fault]
         if self._group:

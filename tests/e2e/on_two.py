@@ -1,11 +1,16 @@
 """Small trainings and an evaluation whose figures its test knows; started by accelerate launch, writes JSON."""
 
+import dataclasses
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from dist_train import evaluate, train
 from dist_train.config import DataConfig, TrainConfig
 from dist_train.data.images import load_splits
+from dist_train.data.imageset import ImageSet
+from dist_train.data.lazy import LazyImages
 from dist_train.data.loader import ImageLoader
 from dist_train.processes import build_accelerator
 
@@ -38,10 +45,26 @@ class Telling(nn.Module):
         return F.one_hot(indices, SAMPLES).float()
 
 
-def small_training(bf16_gradients: bool = False, gradient_accumulation: int = 1) -> dict[str, Any]:
+def streamed(data: ImageSet) -> ImageSet:
+    """Return the same images as files that are decoded when they are needed."""
+    files = [BytesIO() for _ in data.images]
+    for file, image in zip(files, data.images, strict=True):
+        Image.fromarray(image[0]).save(file, "png")
+    names = [f"{i}.png" for i in range(len(files))]
+    images = LazyImages(
+        lambda i: BytesIO(files[i].getvalue()), names, np.arange(len(files)), 1, 48, ThreadPoolExecutor(1)
+    )
+    return dataclasses.replace(data, images=images)
+
+
+def small_training(
+    bf16_gradients: bool = False, gradient_accumulation: int = 1, streaming_ranks: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """Train 70 images in steps of 10 and 11; return losses, and whether all gradients were numbers of bf16."""
     accelerator = build_accelerator(TrainConfig(precision="no", bf16_gradients=bf16_gradients))
     faces = load_splits(DataConfig(count=95, validation_share=0.25))
+    if accelerator.process_index in streaming_ranks:
+        faces = streamed(faces[0]), streamed(faces[1])
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     loaders = ImageLoader(faces[0], 11, shuffle=True, **place), ImageLoader(faces[1], 16, **place)
     model = Small()
@@ -67,6 +90,7 @@ def figures() -> dict[str, Any]:
         "fp32": small_training(),
         "bf16": small_training(bf16_gradients=True),
         "accumulated": small_training(gradient_accumulation=4),
+        "one streams": small_training(streaming_ranks=(1,)),
         "counted": shuffled_evaluation(),
     }
 

@@ -39,6 +39,11 @@ def test_gradients_are_sent_in_bf16_where_asked(found):
     assert found["bf16"]["losses"] != found["fp32"]["losses"]
 
 
+def test_a_process_that_streams_beside_one_that_holds_all_images(found):
+    """data.residency auto looks at the free memory of each machine."""
+    assert found["one streams"] == found["fp32"]
+
+
 def test_a_shuffled_validation_loader_counts_each_sample_once(found):
     assert found["counted"] == [1] * SAMPLES
 
