@@ -53,7 +53,8 @@ def test_a_file_that_goes_bad_ends_all_with_the_state_saved_and_a_whole_one_lets
     assert training.end() == (2 if processes == 1 else 1)  # accelerate's own
     (line,) = re.findall("dist-train: error: .*", training.output)
     assert str(file) in line and "--resume auto" in line
-    assert training.output.count("exitcode  : 2 ") == (0 if processes == 1 else 2)
+    ends = set(re.findall(r"exitcode\s*: (-?\d+)", training.output))  # as the launcher saw or made them
+    assert ends == set() if processes == 1 else {"2"} <= ends <= {"2", "-15"}
     assert find_fault(newest(run_dir)) is None
 
     file.write_bytes(whole)

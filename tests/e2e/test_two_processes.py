@@ -61,13 +61,13 @@ def test_a_training_with_gradients_in_bf16_resumes(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_data_is_told_once_and_ends_both_with_2(launch, tmp_path, draw_folder):
-    """The launcher lists those that have ended when it looks."""
+def test_bad_data_is_told_once_and_ends_with_2(launch, tmp_path, draw_folder):
+    """The launcher ends with SIGTERM whoever has not yet left when it sees that another has."""
     data = draw_folder(train=14, validation=7)
     (data / "train" / "happy" / "bad.png").write_bytes(b"\x89PNG")
     options = ("--data.source", "folder", "--data.path", str(data), "--run_dir", str(tmp_path / "run"))
     done = launch("multi_cpu", *TRAIN, *options, succeeds=False)
     (line,) = [line for line in done.stderr.splitlines() if "dist-train: error:" in line]
     assert "bad.png" in line and "data.skip_bad" in line
-    assert set(re.findall(r"exitcode\s*: (-?\d+)", done.stderr)) == {"2"}
+    assert {"2"} <= set(re.findall(r"exitcode\s*: (-?\d+)", done.stderr)) <= {"2", "-15"}
     assert not (tmp_path / "run").exists()
