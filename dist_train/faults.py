@@ -30,6 +30,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 logger = logging.getLogger(__name__)
 
 ROLL_CALL_SECONDS = 2
+GLOO_SIGNS = ("gloo", "pair closure")
+"""Of errors that gloo raises: its source file, but for those of a wait that ends as another one timed out."""
 
 
 class Interrupted(Exception):
@@ -161,7 +163,8 @@ class Watch:
 
     def explain(self, error: RuntimeError) -> TrainingError | None:
         """Return what to say of an error that another process's end may have caused, or None if it is another's."""
-        if self.group is None or (not isinstance(error, distributed.DistError) and "gloo" not in str(error)):
+        lost = isinstance(error, distributed.DistError) or any(sign in str(error) for sign in GLOO_SIGNS)
+        if self.group is None or not lost:
             return None
         logger.error(
             "process %d has lost contact: %s does not answer, it has died or its network has gone (%s)",
