@@ -6,6 +6,7 @@ In: paths or contents of whatever PIL reads. Out: squares, gray if the file is g
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 GRAY_MODES = ("1", "L", "LA")
 MAX_PIXELS = 64_000_000  # bounds the memory that one file can take
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad file
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, struct.error, Image.DecompressionBombError)
+"""What PIL raises for a bad file."""
 SHOWN = 20
 SUBMITTED = 4096
 Result = TypeVar("Result")
@@ -82,6 +84,10 @@ def read_image(file: Path | BytesIO) -> Image.Image:
     """
     with Image.open(file) as image:
         _check(image)
+        image.load()
+        image.getexif()  # kept; without its source PIL does not write it anew, which fails on odd entries
+        for original in ("exif", "Raw profile type exif"):
+            image.info.pop(original, None)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith(("I", "F")):  # 16-bit gray: PIL would clip to 8 bits, not scale
             values = np.nan_to_num(np.asarray(upright, dtype=np.float32)).clip(0)
