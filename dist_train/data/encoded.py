@@ -20,7 +20,7 @@ import psutil
 from dist_train.config import DataConfig
 from dist_train.data.cache import cached, remembered
 from dist_train.data.decode import attempt_each, decode_image, is_gray, stack, tell_bad
-from dist_train.data.imageset import ImageSet, Splits
+from dist_train.data.imageset import ImageSet, Splits, hold_out
 from dist_train.data.lazy import LazyImages
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ class Encoded:
     labels: np.ndarray
     sizes: np.ndarray
 
+    def subset(self, index: np.ndarray) -> Encoded:
+        """Return the files at the positions `index` (int64 [M])."""
+        names = [self.names[i] for i in index]
+        return Encoded(lambda i: self.open(int(index[i])), names, self.labels[index], self.sizes[index])
+
 
 def load_encoded(
     found: dict[str, Encoded], classes: tuple[str, ...], stamp: Sequence[str], config: DataConfig
@@ -46,10 +51,16 @@ def load_encoded(
     """Return the images of all splits, decoded (and cached, by `stamp`) or to be decoded when asked for.
 
     data.residency auto decodes what takes less than half of this machine's free memory. Raises InputError for files
-    that cannot be read, unless skip_bad leaves them out. Of images to be streamed only the headers are read here;
-    with skip_bad each is decoded, so that the same ones are left out. What was found is remembered: this is slow only
-    the first time.
+    that cannot be read, unless skip_bad leaves them out. Without a validation split a share of train is held out for
+    it, before anything is decoded, so that no process needs a copy of a part. Of images to be streamed only the headers
+    are read here; with skip_bad each is decoded, so that the same ones are left out. What was found is remembered: this
+    is slow only the first time.
     """
+    if "validation" not in found:
+        held = hold_out(found["train"].labels, config.validation_share)
+        parts = {"train": ~held, "validation": held}
+        found = found | {split: found["train"].subset(np.flatnonzero(part)) for split, part in parts.items()}
+        stamp = [f"held out {config.validation_share}", *stamp]
     count = sum(len(split.names) for split in found.values())
     auto = config.residency == "auto"
     if config.residency == "stream" or (auto and not _fits(count, 3, config)):
@@ -110,7 +121,7 @@ def _attempt(
 
 
 def _threads(config: DataConfig, sharing: int = 1) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(config.workers or max(1, (os.cpu_count() or 1) // sharing))
+    return ThreadPoolExecutor(config.workers or max(1, len(os.sched_getaffinity(0)) // sharing))
 
 
 def _tell_bad(found: dict[str, Encoded], bad: dict[str, dict[int, str]], config: DataConfig) -> None:

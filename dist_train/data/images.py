@@ -23,7 +23,7 @@ from dist_train.data.decode import tell_bad
 from dist_train.data.encoded import Encoded, load_encoded
 from dist_train.data.folders import SPLITS, list_folders, list_splits
 from dist_train.data.hub import SHARDS, open_hub
-from dist_train.data.imageset import ImageSet, Splits
+from dist_train.data.imageset import ImageSet, Splits, hold_out
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ def load_splits(config: DataConfig, held_out: str = "validation") -> tuple[Image
         raise InputError(
             f"data: {config.path or 'the built-in faces'} has no test split; name its images in data.splits"
         )
-    if validation is None:
-        train, validation = _split_off_validation(train, config.validation_share)
+    assert validation is not None  # every source holds some of train out where it has none
     if config.drop_leaked:
         validation = _drop_leaked(train, validation)
     _check_classes(train, validation)
@@ -130,7 +129,7 @@ def _file_of(folder: Path, names: list[str], i: int) -> Path:
 
 
 def _load_csv(path: Path, config: DataConfig) -> Splits:
-    stamps = [str(config.image_size), str(path.resolve()), *stamp(path)]
+    stamps = [str(config.image_size), str(config.validation_share), str(path.resolve()), *stamp(path)]
     try:
         return cached(config, stamps, lambda: _read_fer2013(path, config))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -162,7 +161,7 @@ def _read_fer2013(path: Path, config: DataConfig) -> Splits:
     if not rows["train"]:
         raise InputError(f"{path}: no row with Usage Training")
     order = {name: CLASSES.index(name) for name in FER2013_CLASSES}
-    return {
+    splits = {
         split: ImageSet(
             np.stack([image for image, _, _ in found])[:, None],
             np.array([order[FER2013_CLASSES[emotion]] for _, emotion, _ in found], dtype=np.int64),
@@ -172,6 +171,11 @@ def _read_fer2013(path: Path, config: DataConfig) -> Splits:
         for split, found in rows.items()
         if found
     }
+    if "validation" not in splits:
+        held = hold_out(splits["train"].labels, config.validation_share)
+        parts = {"train": ~held, "validation": held}
+        splits |= {split: splits["train"].subset(np.flatnonzero(chosen)) for split, chosen in parts.items()}
+    return splits
 
 
 def _parse_fer2013_row(row: dict[str, str], size: int) -> tuple[np.ndarray, int]:
@@ -199,17 +203,6 @@ def _check_classes(train: ImageSet, validation: ImageSet) -> None:
             )
     if len(train.classes) < 2:
         raise InputError(f"data: only one class, {train.classes[0]}; a classifier needs two or more")
-
-
-def _split_off_validation(train: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
-    """Move a seeded share of each class from train to validation; at least one image of each."""
-    random = np.random.default_rng(0)
-    chosen = np.zeros(len(train), dtype=bool)
-    for label in range(len(train.classes)):
-        members = random.permutation(np.flatnonzero(train.labels == label))
-        chosen[members[: max(1, round(len(members) * share))]] = True
-    logger.info("data: no validation split; %.0f %% of each class of train is held out for it", 100 * share)
-    return train.subset(np.flatnonzero(~chosen)), train.subset(np.flatnonzero(chosen))
 
 
 def _drop_leaked(train: ImageSet, validation: ImageSet) -> ImageSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 from dist_train.data.lazy import LazyImages
 
 AT_ONCE = 256
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class ImageSet:
 
 
 Splits = dict[str, ImageSet]
+
+
+def hold_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """Return which samples are for validation where there is no such split, bool [N]: a seeded share of each class.
+
+    labels: int64 [N]. At least one sample of each class is chosen.
+    """
+    logger.info("data: no validation split; %.0f %% of each class of train is held out for it", 100 * share)
+    random = np.random.default_rng(0)
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        chosen[members[: max(1, round(len(members) * share))]] = True
+    return chosen
 
 
 def digest(image: np.ndarray) -> bytes:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def test_without_a_validation_split_a_share_of_each_class_is_held_out(draw_folde
     assert np.bincount(validation.labels).tolist() == [4] * 7
     assert np.bincount(train.labels).tolist() == [16] * 7
     assert not set(train.names) & set(validation.names)
+    assert isinstance(train.images, np.memmap)  # which processes share
     assert load_splits(config(path, validation_share=0.2))[1].names == validation.names
 
 
@@ -71,6 +73,17 @@ def test_exif_orientation_is_followed(tmp_path):
     exif[0x0112] = 3  # upside down
     image.save(tmp_path / "turned.png", exif=exif)
     assert decode_image(tmp_path / "turned.png", 32)[0, 0] == 255
+
+
+@pytest.mark.parametrize("entry", [struct.pack("<HHI4s", 282, 2, 4, b"72"), struct.pack("<HHII", 282, 5, 1, 99)])
+def test_exif_that_cannot_be_written_anew_is_no_reason_to_refuse_an_image(tmp_path, entry):
+    """An x resolution that is a text, and one that is nowhere, beside an orientation."""
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHII", 8, 2, 274, 3, 1, 3) + entry + bytes(4)
+    picture = np.zeros((32, 32), np.uint8)
+    picture[:16] = 255
+    Image.fromarray(picture).save(tmp_path / "odd.jpg", exif=exif)
+    decoded = decode_image(tmp_path / "odd.jpg", 32)
+    assert decoded[0, 0] < 50 and decoded[-1, -1] > 200
 
 
 def write_fer2013(file: Path, rows: int = 21, **changes) -> Path:
