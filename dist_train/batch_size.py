@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from dist_train.config import Config, InputError, TrainConfig
 from dist_train.data.loader import ImageLoader
-from dist_train.processes import on_main
+from dist_train.processes import on_main, together
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _measure_speeds(config: Config, accelerator: Accelerator, build: Build) -> d
     before, share, vain = psutil.Process().memory_info().rss, SMALLEST, 0
     while share <= LARGEST and vain < 2:
         size = share * accelerator.num_processes
-        own = _try_size(_replaced(config, size), accelerator, build, FEWEST_STEPS if speeds else 1)
+        own = together(_try_size, _replaced(config, size), accelerator, build, FEWEST_STEPS if speeds else 1)
         # all go on together: at the speed of the slowest, as long as every one has room
         speed = accelerator.num_processes * min(gather_object([own]))
         if speed == 0:
@@ -99,6 +99,8 @@ def _try_size(config: Config, accelerator: Accelerator, build: Build, fewest: in
     device, speed = accelerator.device, 0.0
     settings = dataclasses.replace(config.train, compile=False, sync_batchnorm=False)  # no process waits for another
     parts = build(dataclasses.replace(config, train=settings))
+    for loader in parts[1:3]:
+        loader.go_alone()
     if len(parts[1]) < fewest:
         return speed
     if device.type == "cuda":

@@ -122,9 +122,12 @@ def test_lr_find_takes_auto_too(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_agree(launch, tmp_path):
+@pytest.mark.parametrize("residency", ["auto", "stream"])
+def test_two_processes_agree(launch, tmp_path, draw_folder, residency):
+    """Streamed, too, they go their own ways while they are timed."""
     run_dir = tmp_path / "run"
-    options = ["--data.source", "synthetic", "--model.pretrained", "false", "--track.tool", "none", *AUTO]
+    data = ["--data.path", str(draw_folder(train=180, validation=35)), "--data.residency", residency]
+    options = [*data, "--model.pretrained", "false", "--track.tool", "none", *AUTO]
     recipe = ("multi_cpu", "--num_processes", "2", "--main_process_port", "0")
     done = launch(*recipe, "-m", "dist_train", "train", *options, "--run_dir", str(run_dir))
     assert stored(run_dir) in tried(done.stderr)

@@ -140,6 +140,12 @@ class ImageLoader:
         together = several and any(lazies)
         self._group: Any = distributed.new_group(backend="gloo", timeout=longest_wait()) if together else None
 
+    def go_alone(self) -> None:
+        """Agree no more with other processes' loaders: what cannot be read is then told to this process only."""
+        if self._group:
+            distributed.destroy_process_group(self._group)
+        self._group = None
+
     def __len__(self) -> int:
         """Return the number of steps from the position to the epoch's end."""
         return math.ceil((len(self.data) - self.position) / self.batch_size)
