@@ -143,28 +143,30 @@ class Watch:
 
     def _give_up(self, state: TrainState) -> None:
         """Save the state before the bad steps, list their samples and raise TrainingError."""
-        state.progress.step -= len(self._spoiled)
+        first = min(range(len(self._spoiled)), key=lambda i: (self._spoiled[i].start, -i))  # of the epoch under way
+        state.progress.step -= len(self._spoiled) - first
         batches = state.parts.get("batches")
         if batches:
-            batches.load_state_dict({**batches.state_dict(), "position": self._spoiled[0].start})
+            batches.load_state_dict({**batches.state_dict(), "position": self._spoiled[first].start})
         self.checkpointer.save(state)
         self.checkpointer.flush()
         file = self.checkpointer.folder.parent / "bad_samples.txt"
-        step = state.progress.step + 1
+        step = state.progress.step + 1 - first
         indices = [(step + i, n) for i, batch in enumerate(self._spoiled) for n in batch.samples.tolist()]
         found = sorted(gather_object([(at, self.names[n] if self.names else str(n)) for at, n in indices]))
         if self.accelerator.is_main_process:
             write_file(file, lambda path: path.write_text("".join(f"step {at}: {name}\n" for at, name in found)))
         raise TrainingError(
             f"the loss was not finite in {len(self._spoiled)} steps in a row, the first of them step {step}; the state "
-            f"before it is saved, its samples are listed in {file}. Look at them, lower optim.lr, set train.clip_grad "
-            "or use train.precision: no, and start anew or go on with --resume auto"
+            f"before it is saved, its samples are listed in {file}. If they are at fault, mend them and go on with "
+            "--resume auto; if the training diverged, start anew with a lower optim.lr, train.clip_grad or "
+            "train.precision: no"
         )
 
     def explain(self, error: RuntimeError) -> TrainingError | None:
         """Return what to say of an error that another process's end may have caused, or None if it is another's."""
         lost = isinstance(error, distributed.DistError) or any(sign in str(error) for sign in GLOO_SIGNS)
-        if self.group is None or not lost:
+        if self.group is None or not lost or isinstance(error, TrainingError):
             return None
         logger.error(
             "process %d has lost contact: %s does not answer, it has died or its network has gone (%s)",

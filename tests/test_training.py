@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import json
 import math
 
 import pytest
@@ -15,6 +17,7 @@ from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
+from dist_train.model import FaceModel
 from dist_train.optim import build_schedule
 from dist_train.run import build_model
 from dist_train.state import Progress
@@ -164,6 +167,27 @@ def test_a_training_that_diverges_gives_up_with_the_state_before_it_saved(smoke,
     assert not (run_dir / "best").exists()
     smoke("run", *DIVERGES, "--resume", "auto", code=1)
     assert f"the first of them step {first};" in capsys.readouterr().err
+
+
+def test_bad_steps_on_both_sides_of_an_epochs_end_leave_the_whole_new_epoch_to_be_resumed(smoke, monkeypatch, capsys):
+    """Of 12 steps an epoch the last two and the next one."""
+    forward, count = FaceModel.forward, itertools.count(1)
+
+    def spoiled(model: FaceModel, images: torch.Tensor) -> torch.Tensor:
+        bad = model.training and next(count) > 10
+        return forward(model, images) * (float("nan") if bad else 1)
+
+    options = ("--model.backbone", "timm/resnet10t", "--train.epochs", "2", "--train.max_steps", "24")
+    with monkeypatch.context() as patch:
+        patch.setattr(FaceModel, "forward", spoiled)
+        run_dir = smoke("run", *options, code=1)
+    assert "first of them step 11;" in capsys.readouterr().err
+    newest = max((run_dir / "checkpoints").iterdir())
+    state = torch.load(newest / "state.pt", weights_only=True)
+    assert state["parts"]["batches"] == {"epoch": 1, "position": 0}
+    assert (newest.name, state["progress"]["step"]) == ("step_00000012", 12)
+    smoke("run", *options, "--resume", "auto")
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 24
 
 
 def test_a_training_without_a_finite_validation_figure_has_no_best_model(smoke, capsys):
