@@ -122,7 +122,8 @@ class Checkpointer:
                 state.ema.load_state_dict(ema)
             state.progress.load_state_dict(rest["progress"])
             for name, part in state.parts.items():
-                part.load_state_dict(rest["parts"][name])
+                if name != "scaler" or name in rest["parts"]:  # made in another precision
+                    part.load_state_dict(rest["parts"][name])
         except Exception as error:  # what does not fit can fail in any way
             raise InputError(
                 f"resume: {self.resume_from} is not of this model, optimizer and settings ({_first_line(error)})"

@@ -10,11 +10,13 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT
 
-from dist_train import load_run
-from dist_train.checkpoint import find_checkpoint, list_checkpoints
+from dist_train import FaceModel, load_run
+from dist_train.checkpoint import Checkpointer, find_checkpoint, list_checkpoints
 from dist_train.cli import main
-from dist_train.config import InputError
+from dist_train.config import InputError, OptimConfig
 from dist_train.files import SUMS, find_fault, seal_folder
+from dist_train.optim import build_optimizer, build_schedule
+from dist_train.state import Progress, TrainState
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -108,6 +110,19 @@ def test_other_data_is_accepted_where_told_but_never_another_model(smoke, capsys
     smoke("run", *OPTIONS, "--data.count", "421", "--train.max_steps", "20", *changed)
     smoke("run", *OPTIONS, "--model.backbone", "resnet18", *changed, code=2)
     assert "weights differ" in capsys.readouterr().err
+
+
+def test_a_training_without_a_scaler_goes_on_with_one(smoke):
+    """As one in bf16 does on a GPU that has fp16 only."""
+    (checkpoint,) = list_checkpoints(smoke("run", *OPTIONS, "--save.keep", "1") / "checkpoints")
+    model = FaceModel("timm/resnet10t", pretrained=False)
+    optimizer = build_optimizer(model, OptimConfig())
+    build_schedule(optimizer, OptimConfig(), 12, 18)
+    state = TrainState(model, optimizer, Progress(), None)
+    state.parts = {"scaler": torch.amp.GradScaler("cpu", init_scale=8.0)}
+    Checkpointer(checkpoint.parent, Accelerator(cpu=True), resume_from=checkpoint, origin={}).restore(state)
+    assert state.progress.step == 18
+    assert state.parts["scaler"].get_scale() == 8.0
 
 
 def test_nothing_in_a_checkpoint_is_executed(smoke, capsys):
