@@ -62,7 +62,8 @@ def evaluate(model: nn.Module, loader: DataLoader | ImageLoader, *, accelerator:
     if sharded and not isinstance(loader, ImageLoader) and accelerator.num_processes > 1:
         raise InputError("validation: with FSDP an ordinary DataLoader may leave processes waiting; use an ImageLoader")
     sums = None
-    with eval_mode(model), torch.inference_mode():
+    # parameters that FSDP gathers first in inference mode could not be trained any more
+    with eval_mode(model), torch.no_grad() if sharded else torch.inference_mode():
         for batch in tqdm(
             shard_exactly(loader, accelerator),
             "validation",

@@ -6,6 +6,7 @@ In: config and the launcher's environment. Out: an Accelerator that sees every p
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from torch import distributed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dist_train.config import InputError, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 MULTI_CPU_WAY = "use accelerate launch --config_file launch/accelerate/multi_cpu.yaml (multi_gpu.yaml for GPUs)"
 
@@ -155,8 +158,8 @@ def _keep_freed_memory() -> None:
     On a CPU that costs 6 % to a quarter of the step. Elsewhere than on glibc nothing happens.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older ones refuse more than 32 MiB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -172,20 +175,41 @@ def on_main(accelerator: Accelerator, function: Callable[..., Any], *arguments: 
 def together(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run `function` on every process; an InputError of any is raised on all."""
     result, fault = _attempt(function, arguments)
-    if faults := [found for found in gather_object([fault]) if found]:
-        raise InputError(faults[0])
+    _raise_first(gather_object([fault]))
     return result
 
 
 def local_main_first(accelerator: Accelerator, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `function` on each machine's main process, then on the others; an InputError of any is raised on all."""
+    """Run `function` on each machine's main process, then on the others; an InputError of any is raised on all.
+
+    Raises InputError also where the others have waited too long.
+    """
+    several = accelerator.num_processes > 1
+    # gloo, which raises an error after too long a wait; NCCL ends the process
+    group: Any = distributed.new_group(backend="gloo", timeout=longest_wait()) if several else None
     result = None
     for turn in (True, False):
-        if accelerator.is_local_main_process == turn:
-            result = together(function, *arguments)
-        else:
-            together(lambda: None)
+        own, fault = _attempt(function, arguments) if accelerator.is_local_main_process == turn else (None, None)
+        result = result if own is None else own
+        faults = [fault] * accelerator.num_processes
+        try:
+            if group:
+                distributed.all_gather_object(faults, fault, group)
+        except RuntimeError as error:
+            waited = (
+                f"process {accelerator.process_index} has waited {longest_wait().total_seconds():.0f} s for one that "
+                "reads data or weights, or it has died; set DIST_TRAIN_TIMEOUT to more seconds if these take longer"
+            )
+            if not accelerator.is_local_main_process:  # the errors of those are told
+                logger.error(waited)
+            raise InputError(waited) from error
+        _raise_first(faults)
     return result
+
+
+def _raise_first(faults: list[str | None]) -> None:
+    for fault in filter(None, faults):
+        raise InputError(fault)
 
 
 def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None]:

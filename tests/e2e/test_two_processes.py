@@ -44,6 +44,11 @@ def test_a_process_that_streams_beside_one_that_holds_all_images(found):
     assert found["one streams"] == found["fp32"]
 
 
+def test_sharded_weights_that_are_validated_first_can_be_trained_after_it(found):
+    """As after a resume from the last step of an epoch."""
+    assert found["sharded"] == [0.0, 0.0]
+
+
 def test_a_shuffled_validation_loader_counts_each_sample_once(found):
     assert found["counted"] == [1] * SAMPLES
 
@@ -58,6 +63,20 @@ def test_a_training_with_gradients_in_bf16_resumes(launch, tmp_path):
     ends = [json.loads((run_dir / "summary.json").read_text()) for run_dir in (whole, resumed)]
     for name in ("final_train_loss", "final_valid_loss"):
         assert ends[0][name] == ends[1][name]
+
+
+@pytest.mark.slow
+def test_who_waits_too_long_for_the_data_is_told_how_to_wait_longer(launch, tmp_path, monkeypatch):
+    script = tmp_path / "slow_data.py"
+    script.write_text(
+        "import time\n"
+        "from dist_train.config import TrainConfig\n"
+        "from dist_train.processes import build_accelerator, local_main_first\n"
+        "local_main_first(build_accelerator(TrainConfig(precision='no')), time.sleep, 60)\n"
+    )
+    monkeypatch.setenv("DIST_TRAIN_TIMEOUT", "5")
+    done = launch("multi_cpu", *PLACE, str(script), succeeds=False)
+    assert "process 1 has waited 5 s" in done.stderr and "DIST_TRAIN_TIMEOUT" in done.stderr
 
 
 @pytest.mark.slow
