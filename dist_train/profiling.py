@@ -82,6 +82,8 @@ class Profiler:
         return event
 
     def _write(self, recorded: profile) -> None:
+        if not any(part == "logging" for part, _, _ in self.spans):  # the training ended before a step did
+            return
         self.written = True
         if not self.accelerator.is_main_process:
             return
