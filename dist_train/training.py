@@ -129,9 +129,10 @@ def train(
                 progress.rate = optimizer.param_groups[0]["lr"]
                 if not bad or accelerator.scaler:  # a scaler skips the step by itself, and learns from it
                     optimizer.step()
-                    if scheduler and not accelerator.optimizer_step_was_skipped:
+                    stepped = not accelerator.optimizer_step_was_skipped
+                    if scheduler and stepped:
                         scheduler.step()
-                    if averaged:
+                    if averaged and stepped:
                         averaged.update(accelerator.unwrap_model(model), progress.step)
                 optimizer.zero_grad()
                 profiler.begin("logging")
