@@ -8,6 +8,25 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from dist_train.config import InputError
+
+OWN_FILES = (
+    "config.yaml",
+    "history.csv",
+    "summary.json",
+    "curves.png",
+    "predictions.png",
+    "report.json",
+    "report.html",
+    "bad_samples.txt",
+    "trace.json",
+    "profile.csv",
+    "best",
+    "checkpoints",
+    "wandb",
+    "tensorboard",
+)
+"""What a run writes into its folder."""
 SUMS = "SHA256SUMS"
 """Name of a sealed folder's list of checksums, which `sha256sum -c` reads too."""
 
@@ -16,6 +35,7 @@ def write_file(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `file`, then put it in its place."""
     aside = file.with_name(f".{file.name}")
     try:
+        aside.unlink(missing_ok=True)  # it may be a link to elsewhere
         write(aside)
         _sync(aside)
         aside.replace(file)
@@ -23,6 +43,18 @@ def write_file(file: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
         raise
     _sync(file.parent)
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Raise InputError if what a run writes is a link, or holds one: it would write elsewhere.
+
+    In its own folder W&B makes links to other files there.
+    """
+    for part in (run_dir / name for name in OWN_FILES):
+        inside = part.rglob("*") if part.name != "wandb" else ()
+        for path in (part, *inside):
+            if path.is_symlink():
+                raise InputError(f"run_dir: {path} is a link; a run writes only into its own folder")
 
 
 def seal_folder(folder: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ from dist_train.data.images import find_leaked, load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.evaluation import judge
 from dist_train.figures import check_history, draw_accuracy, draw_loss, new_figure, plot_reliability
-from dist_train.files import write_file
+from dist_train.files import refuse_links, write_file
 from dist_train.model import FaceModel, load_run
 from dist_train.page import embed_figure, embed_picture, write_page
 from dist_train.processes import build_accelerator, local_main_first, on_main
@@ -45,6 +45,7 @@ def evaluate_run(
     logits from then on. Called on every process, with the same figures for any number of them. Raises InputError for
     a folder that is no run and for data that cannot be read or has other classes than the model.
     """
+    refuse_links(run_dir)
     precision = config.train.precision if config.train.precision != "fp16" else "auto"  # there may be no GPU here
     accelerator = build_accelerator(TrainConfig(precision=precision))
     model = load_run(run_dir)

@@ -31,7 +31,7 @@ from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader, UnreadableImage
 from dist_train.faults import Interrupted, TrainingError, Watch
-from dist_train.files import write_file
+from dist_train.files import OWN_FILES, refuse_links, write_file
 from dist_train.model import FaceModel
 from dist_train.optim import build_optimizer, build_schedule
 from dist_train.outputs import leave_pictures, write_summary
@@ -43,22 +43,6 @@ from dist_train.training import train
 
 logger = logging.getLogger(__name__)
 
-OWN_FILES = (
-    "config.yaml",
-    "history.csv",
-    "summary.json",
-    "curves.png",
-    "predictions.png",
-    "report.json",
-    "report.html",
-    "bad_samples.txt",
-    "trace.json",
-    "profile.csv",
-    "best",
-    "checkpoints",
-    "wandb",
-    "tensorboard",
-)
 ORIGIN = (
     "data.image_size",
     "data.augment",
@@ -241,8 +225,7 @@ def _choose_run_dir(config: Config, overwrite: bool) -> tuple[Path, Path | None]
     used = run_dir.is_dir() and any(run_dir.iterdir())
     if overwrite and checkpoint:
         raise InputError(f"resume: {config.resume} and --overwrite exclude each other")
-    if links := [name for name in OWN_FILES if (run_dir / name).is_symlink()]:
-        raise InputError(f"run_dir: {run_dir / links[0]} is a link; a run writes only into its own folder")
+    refuse_links(run_dir)
     if overwrite and used and not (run_dir / "config.yaml").is_file():
         raise InputError(f"run_dir: {run_dir} is not a run folder (no config.yaml), so --overwrite will not delete it")
     if used and not overwrite and config.resume == "never":
@@ -272,7 +255,7 @@ def _start_run_dir(run_dir: Path, config: Config, checkpoint: Path | None, overw
         return run_id
     file.parent.mkdir(exist_ok=True)
     run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # the agent of a sweep has chosen one
-    file.write_text(run_id + "\n")
+    write_file(file, lambda aside: aside.write_text(run_id + "\n"))
     return run_id
 
 

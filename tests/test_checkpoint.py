@@ -14,7 +14,7 @@ from dist_train import FaceModel, load_run
 from dist_train.checkpoint import Checkpointer, find_checkpoint, list_checkpoints
 from dist_train.cli import main
 from dist_train.config import InputError, OptimConfig
-from dist_train.files import SUMS, find_fault, seal_folder
+from dist_train.files import SUMS, find_fault, seal_folder, write_file
 from dist_train.optim import build_optimizer, build_schedule
 from dist_train.state import Progress, TrainState
 
@@ -174,6 +174,31 @@ def test_any_damage_is_named_and_the_checkpoint_before_is_used(saved, tmp_path, 
     (older / part).write_bytes(b"")
     with pytest.raises(InputError, match="no checkpoint in"):
         find_checkpoint(run_dir, "auto")
+
+
+@pytest.mark.parametrize("link", ["best", "checkpoints/step_00000099", "best/config.json", "report.html"])
+def test_a_run_folder_that_holds_links_to_elsewhere_is_refused(saved, tmp_path, capsys, link):
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(saved, run_dir)
+    shutil.copytree(next((saved / "checkpoints").iterdir()), elsewhere)
+    before = {file.name: file.read_bytes() for file in elsewhere.iterdir()}
+    place = run_dir / link
+    if place.exists():
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    place.symlink_to(elsewhere)
+    train = ["train", "--config", str(run_dir / "config.yaml"), "--run_dir", str(run_dir), "--resume", "auto"]
+    for command in (train, ["evaluate", str(run_dir)]):
+        assert main(command) == 2
+        assert f"{place} is a link" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in elsewhere.iterdir()} == before
+
+
+def test_a_link_where_a_file_is_written_aside_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / ".config.yaml").symlink_to(tmp_path / "precious")
+    write_file(tmp_path / "config.yaml", lambda file: file.write_text("seed: 0"))
+    assert (tmp_path / "precious").read_text() == "years of work"
+    assert (tmp_path / "config.yaml").read_text() == "seed: 0"
 
 
 def test_training_goes_on_behind_a_damaged_checkpoint(smoke, capsys):
