@@ -118,6 +118,7 @@ class Checkpointer:
                 optim_state_dict=rest["optimizer"],
                 options=StateDictOptions(full_state_dict=True),
             )
+            _lay_out(state.optimizer)
             if state.ema is not None:
                 state.ema.load_state_dict(ema)
             state.progress.load_state_dict(rest["progress"])
@@ -175,6 +176,14 @@ class Checkpointer:
             raise
         for old in list_checkpoints(self.folder)[: -self.keep]:
             remove_folder(old)
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give what the optimizer keeps the strides of its parameters: a fused step on a CPU takes them for granted."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _copied(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:

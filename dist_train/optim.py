@@ -11,15 +11,22 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dist_train.config import InputError, OptimConfig, nearest
 
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""Optimizers that update all parameters in one kernel, on a CPU and on a GPU."""
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return the named optimizer over the model's parameters, without weight decay on biases and norms."""
+
+def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -> torch.optim.Optimizer:
+    """Return the named optimizer over the model's parameters, without weight decay on biases and norms.
+
+    fused: take the fused form, where there is one; not with a GradScaler, whose skipped steps it hides.
+    """
     names = timm.optim.list_optimizers()
     if config.name not in names:
         raise InputError(f"optim.name: no optimizer {config.name!r}{nearest(config.name, names)}")
+    form = {"fused": True} if fused and timm.optim.get_optimizer_class(config.name, False) in FUSED else {}
     try:
         optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-            model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay
+            model, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **form
         )
     except (AssertionError, ImportError, RuntimeError) as error:
         raise InputError(f"optim.name: {config.name} cannot be used here ({error})") from error

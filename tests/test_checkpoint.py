@@ -125,6 +125,22 @@ def test_a_training_without_a_scaler_goes_on_with_one(smoke):
     assert state.parts["scaler"].get_scale() == 8.0
 
 
+def test_momentum_that_was_saved_in_another_memory_format_is_the_same_momentum(smoke):
+    whole = smoke("whole", *OPTIONS, "--save.every_steps", "6", "--save.keep", "9")
+    checkpoint = whole / "checkpoints" / "step_00000006"
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    kept = state["optimizer"]["state"]
+    strided = [key for key, value in kept.items() for tensor in value.values() if not tensor.is_contiguous()]
+    assert strided  # of channels_last
+    contiguous = {key: {n: tensor.contiguous() for n, tensor in value.items()} for key, value in kept.items()}
+    state["optimizer"]["state"] = contiguous
+    torch.save(state, checkpoint / "state.pt")
+    (checkpoint / SUMS).unlink()
+    seal_folder(checkpoint.rename(checkpoint.parent / "forged"), checkpoint)
+    resumed = smoke("resumed", *OPTIONS, "--resume", str(checkpoint))
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+
+
 def test_nothing_in_a_checkpoint_is_executed(smoke, capsys):
     run_dir = smoke("run", *OPTIONS)
     checkpoint = list_checkpoints(run_dir / "checkpoints")[-1]

@@ -18,7 +18,7 @@ from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 from dist_train.model import FaceModel
-from dist_train.optim import build_schedule
+from dist_train.optim import build_optimizer, build_schedule
 from dist_train.run import build_model
 from dist_train.state import Progress
 from dist_train.training import History
@@ -195,6 +195,24 @@ def test_a_training_without_a_finite_validation_figure_has_no_best_model(smoke, 
     assert "no best model" in capsys.readouterr().err
     assert not (run_dir / "best").exists()
     assert (run_dir / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_fused_optimizer_makes_the_steps_of_the_plain_one(name):
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = FaceModel("timm/resnet10t", pretrained=False).to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.01), fused)
+        assert bool(optimizer.param_groups[0]["fused"]) == fused
+        for _ in range(3):
+            (model(torch.rand(8, 1, 48, 48)).sum() * 0).backward()  # gradients as autograd lays them out
+            for parameter in model.parameters():
+                parameter.grad.add_(torch.randn(parameter.shape))
+            optimizer.step()
+        weights.append(model.state_dict())
+    for key, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][key], rtol=1e-4, atol=1e-6)
 
 
 def test_an_accelerator_that_divides_gradients_by_itself_is_refused(faces):
