@@ -2,12 +2,12 @@
 
     python bench/throughput.py --data DIR [--timm CHECKOUT] [--accelerate CHECKOUT] [--json FILE]
 
-DIR: the real data, train/<class>/*. Ours is train() on the settings of configs/fer2013.yaml. The bare step is
-forward, backward and optimizer step of the same model on a batch that is already in memory, in the same size, batch
-and precision, compiled or not as ours is. The notebook's loop is fp32, batch 32, PIL decoding and transforms in a plain
-DataLoader, Adam, and an .item() in every step. timm's train.py and accelerate's complete_cv_example join in from
-checkouts of their repositories (peers.py). All take turns, each in a process of its own; the median of the rounds
-counts.
+DIR: the real data, train/<class>/*. Ours is train() on the settings of configs/fer2013.yaml, with schedule and watch,
+without tracker and checkpoints. The bare step is forward, backward and optimizer step of the same model on a batch
+that is already in memory, in the same size, batch and precision, compiled or not as ours is. The notebook's loop is
+fp32, batch 32, PIL decoding and transforms in a plain DataLoader, Adam, and an .item() in every step. timm's train.py
+and accelerate's complete_cv_example join in from checkouts of their repositories (peers.py). All take turns, each in
+a process of its own; the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from reporting import software, write_report
 from torch.nn import functional as F
 
 from dist_train import train
+from dist_train.checkpoint import Checkpointer
 from dist_train.config import Config
 from dist_train.data.images import load_splits
-from dist_train.optim import build_optimizer
+from dist_train.faults import Watch
+from dist_train.optim import build_optimizer, build_schedule
 from dist_train.options import train_config
 from dist_train.processes import build_accelerator
 from dist_train.run import build_loaders, build_model
@@ -123,11 +125,14 @@ def make_ours(options: argparse.Namespace) -> Callable[[], float]:
     optimizer = build_optimizer(model, config.optim)
     few = data[0].subset(torch.randperm(len(data[0]))[: options.steps * options.batch].numpy())
     trainloader, validloader = build_loaders(config, (few, data[1].subset(torch.arange(64).numpy())), accelerator)
+    watch = Watch(accelerator, Checkpointer(Path("nowhere"), accelerator))  # every loss is finite: it saves nothing
+    scheduler = build_schedule(optimizer, config.optim, len(trainloader), 10**6)
 
     def run() -> float:
         progress = Progress()
         train(model, trainloader, validloader, optimizer, 1, accelerator=accelerator, ema=config.train.ema,
-              label_smoothing=config.train.label_smoothing, seed=0, progress=progress)  # fmt: skip
+              label_smoothing=config.train.label_smoothing, seed=0, scheduler=scheduler, watch=watch,
+              progress=progress)  # fmt: skip
         return progress.epochs[0].images_per_second
 
     return run
