@@ -125,6 +125,15 @@ def test_a_training_without_a_scaler_goes_on_with_one(smoke):
     assert state.parts["scaler"].get_scale() == 8.0
 
 
+def test_a_resumed_training_remembers_for_how_long_nothing_has_improved(smoke):
+    """A model without batch statistics that learns nothing stops after the third epoch."""
+    options = ("--model.backbone", "timm/convnext_atto", "--optim.lr", "1e-12", "--train.patience", "2")
+    options += ("--train.epochs", "9", "--data.count", "105", "--train.max_steps")
+    run_dir = smoke("run", *options, "6")  # two epochs
+    smoke("run", *options, "27", "--resume", "auto")
+    assert [epoch for epoch, _, _ in losses(run_dir)] == ["1", "2", "3"]
+
+
 def test_momentum_that_was_saved_in_another_memory_format_is_the_same_momentum(smoke):
     whole = smoke("whole", *OPTIONS, "--save.every_steps", "6", "--save.keep", "9")
     checkpoint = whole / "checkpoints" / "step_00000006"

@@ -186,6 +186,8 @@ def test_bad_steps_on_both_sides_of_an_epochs_end_leave_the_whole_new_epoch_to_b
     state = torch.load(newest / "state.pt", weights_only=True)
     assert state["parts"]["batches"] == {"epoch": 1, "position": 0}
     assert (newest.name, state["progress"]["step"]) == ("step_00000012", 12)
+    best = load_file(run_dir / "best" / "model.safetensors")  # of the first epoch
+    assert all(torch.equal(tensor, best[name]) for name, tensor in load_file(newest / "model.safetensors").items())
     smoke("run", *options, "--resume", "auto")
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 24
 

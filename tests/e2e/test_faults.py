@@ -198,7 +198,6 @@ def test_places_that_cannot_be_written_are_told_in_one_line(tmp_path, draw_folde
     assert refused.end() == 2
     assert "/proc/run" in refused.output.splitlines()[-1] and "Traceback" not in refused.output
     cache = ("--data.source", "folder", "--data.path", str(draw_folder()), "--data.cache")
-    (tmp_path / "cache" / ".decoding-stale").mkdir(parents=True)
     for folder, said in (("/proc/cache", "cannot keep decoded images"), (str(tmp_path / "cache"), "best")):
         training = Training(tmp_path / Path(folder).parent.name, *cache, folder)
         assert training.end() == 0
