@@ -12,11 +12,11 @@ Without figures the device at hand is measured: a large bf16 matrix product, and
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 
 import torch
+from reporting import software, write_report
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,8 +45,9 @@ def main() -> None:
         "device": {"tflops": round(peak / 1e12, 3), "gigabytes_per_second": round(bandwidth / 1e9, 1)},
         "settings": {"size": options.size, "batch": options.batch, "stem_stride": options.stem_stride},
         "threads": torch.get_num_threads(),
+        **software("torch", "timm"),
     }
-    print(json.dumps(report, indent=2))
+    write_report(report, None)
 
 
 def parse_options() -> argparse.Namespace:

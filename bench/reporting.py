@@ -17,7 +17,9 @@ def software(*packages: str) -> dict[str, Any]:
 
 
 def write_report(report: dict[str, Any], file: Path | None) -> None:
-    """Print the report as JSON and, where a file is named, write it there."""
+    """Print the ratios as a table and the report as JSON, which is also written where a file is named."""
+    for name, ratio in report.get("ratios", {}).items():
+        print(f"{name:40} {ratio:8.3f}")
     text = json.dumps(report, indent=2)
     print(text)
     if file:

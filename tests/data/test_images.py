@@ -4,10 +4,13 @@ import csv
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from dist_train.config import CLASSES, DataConfig, InputError
@@ -227,6 +230,18 @@ def test_a_splits_file_moves_images_between_splits_and_names_a_test_split(tmp_pa
     for part in (now_validation, test):
         assert [name.split("/")[1] for name in part.names] == [part.classes[label] for label in part.labels]
         assert all(np.array_equal(image, images[name]) for name, image in zip(part.names, part.images, strict=True))
+
+
+def test_the_original_splits_are_told_by_the_names_of_the_files(tmp_path):
+    """Rows of fer2013.csv: 28,709 of Training, then 3,589 of PublicTest and as many of PrivateTest."""
+    names = {"train/happy/0": "train", "validation/sad/28708": "train", "train/sad/28709": "validation"}
+    names |= {"train/happy/32297": "validation", "train/sad/32298": "test", "validation/happy/35886": "test"}
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (48, 48)).save(tmp_path / f"{name}.jpg")
+    command = [sys.executable, str(ROOT / "bench" / "original_splits.py"), str(tmp_path)]
+    written = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert written.splitlines() == ["path,split", *(f"{name}.jpg,{split}" for name, split in names.items())]
 
 
 @pytest.mark.parametrize(
