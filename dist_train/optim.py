@@ -15,7 +15,7 @@ FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that update all parameters in one kernel, on a CPU and on a GPU."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = True) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) -> torch.optim.Optimizer:
     """Return the named optimizer over the model's parameters, without weight decay on biases and norms.
 
     fused: take the fused form, where there is one; not with a GradScaler, whose skipped steps it hides.

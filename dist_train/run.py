@@ -156,7 +156,8 @@ def build_parts(config: Config, splits: tuple[ImageSet, ImageSet], accelerator: 
     """Return the parts of a training as they are before its first step, by the seed; called on every process."""
     set_seed(config.train.seed)
     model = local_main_first(accelerator, build_model, config, splits[0])
-    optimizer = build_optimizer(model, config.optim, fused=accelerator.scaler is None)
+    fused = accelerator.device.type == "cuda" and accelerator.scaler is None
+    optimizer = build_optimizer(model, config.optim, fused)
     return Parts(model, *build_loaders(config, splits, accelerator), optimizer)
 
 
