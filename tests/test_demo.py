@@ -57,7 +57,7 @@ def served(run_dir: Path, tmp_path: Path) -> Iterator[str]:
         assert found, (tmp_path / "log").read_text()
         yield found[1]
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
         assert not list((tmp_path / "own").glob("dist_train-demo-*"))  # no picture is kept
     finally:
