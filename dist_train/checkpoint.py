@@ -179,7 +179,7 @@ class Checkpointer:
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Give what the optimizer keeps the strides of its parameters: a fused step on a CPU takes them for granted."""
+    """Give what the optimizer keeps the strides of its parameters, which a fused step takes for granted."""
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dist_train.config import InputError, OptimConfig, nearest
 
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimizers that update all parameters in one kernel, on a CPU and on a GPU."""
+"""Optimizers that can update all parameters in one kernel."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, fused: bool = False) -> torch.optim.Optimizer:
