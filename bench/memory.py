@@ -27,10 +27,9 @@ import psutil
 from reporting import software, write_report
 
 from dist_train.data.images import load_splits
-from dist_train.optim import build_optimizer
 from dist_train.options import train_config
 from dist_train.processes import build_accelerator, local_main_first
-from dist_train.run import build_loaders, build_model
+from dist_train.run import build_parts
 from dist_train.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -83,11 +82,9 @@ def train_briefly(options: argparse.Namespace) -> None:
     for split in splits if options.residency == "host" else ():
         for start in range(0, len(split), 256):
             split.images[start : start + 256].max()
-    model = build_model(config, splits[0])
     few = splits[1].subset(np.arange(0, len(splits[1]), 200))
-    trainloader, validloader = build_loaders(config, (splits[0], few), accelerator)
-    optimizer = build_optimizer(model, config.optim)
-    train(model, trainloader, validloader, optimizer, 1, accelerator=accelerator, max_steps=options.steps)
+    parts = build_parts(config, (splits[0], few), accelerator)
+    train(*parts, 1, accelerator=accelerator, max_steps=options.steps)
     accelerator.wait_for_everyone()
     time.sleep(1)  # for a last sample with all pages mapped
     accelerator.wait_for_everyone()

@@ -26,10 +26,9 @@ import torch
 from torch.nn import functional as F
 
 from dist_train.data.images import load_splits
-from dist_train.optim import build_optimizer
 from dist_train.options import train_config
 from dist_train.processes import build_accelerator
-from dist_train.run import build_loaders, build_model
+from dist_train.run import build_parts
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 BUCKETS = (2**20, 25 * 2**20)  # bytes of DDP's first bucket and of the others
@@ -90,11 +89,9 @@ def set_up(options: argparse.Namespace, processes: int) -> tuple[Any, ...]:
     keys["train.bf16_gradients"] = getattr(options, "bf16", False)  # scaling.py's own options have none
     config = train_config(["train", "--config", str(CONFIG), *(f"--{key}={value}" for key, value in keys.items())])
     accelerator = build_accelerator(config.train)
-    data = load_splits(config.data)
-    model = build_model(config, data[0])
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
-    batches = chain.from_iterable(repeat(build_loaders(config, data, accelerator)[0]))
-    return accelerator, model, optimizer, batches
+    parts = build_parts(config, load_splits(config.data), accelerator)
+    model, optimizer = accelerator.prepare(parts.model, parts.optimizer)
+    return accelerator, model, optimizer, chain.from_iterable(repeat(parts.trainloader))
 
 
 def clock() -> float:

@@ -34,10 +34,10 @@ from dist_train.checkpoint import Checkpointer
 from dist_train.config import Config
 from dist_train.data.images import load_splits
 from dist_train.faults import Watch
-from dist_train.optim import build_optimizer, build_schedule
+from dist_train.optim import build_schedule
 from dist_train.options import train_config
 from dist_train.processes import build_accelerator
-from dist_train.run import build_loaders, build_model
+from dist_train.run import build_parts, step_settings
 from dist_train.state import Progress
 
 PEERS = {"timm": make_timm, "accelerate": make_accelerate}
@@ -121,18 +121,15 @@ def make_ours(options: argparse.Namespace) -> Callable[[], float]:
     config = build_config(options)
     accelerator = build_accelerator(config.train)
     data = load_splits(config.data)
-    model = build_model(config, data[0])
-    optimizer = build_optimizer(model, config.optim)
     few = data[0].subset(torch.randperm(len(data[0]))[: options.steps * options.batch].numpy())
-    trainloader, validloader = build_loaders(config, (few, data[1].subset(torch.arange(64).numpy())), accelerator)
+    parts = build_parts(config, (few, data[1].subset(torch.arange(64).numpy())), accelerator)
     watch = Watch(accelerator, Checkpointer(Path("nowhere"), accelerator))  # every loss is finite: it saves nothing
-    scheduler = build_schedule(optimizer, config.optim, len(trainloader), 10**6)
+    scheduler = build_schedule(parts.optimizer, config.optim, len(parts.trainloader), 10**6)
+    settings: dict[str, Any] = step_settings(config.train) | {"scheduler": scheduler, "watch": watch}
 
     def run() -> float:
         progress = Progress()
-        train(model, trainloader, validloader, optimizer, 1, accelerator=accelerator, ema=config.train.ema,
-              label_smoothing=config.train.label_smoothing, seed=0, scheduler=scheduler, watch=watch,
-              progress=progress)  # fmt: skip
+        train(*parts, 1, accelerator=accelerator, progress=progress, **settings)
         return progress.epochs[0].images_per_second
 
     return run
@@ -142,8 +139,8 @@ def make_bare_step(options: argparse.Namespace) -> Callable[[], float]:
     """Return a function that repeats the step on one batch in memory and returns its images per second."""
     config = build_config(options)
     accelerator = build_accelerator(config.train)
-    model = build_model(config, load_splits(config.data)[0]).to(accelerator.device).train()
-    optimizer = build_optimizer(model, config.optim)
+    model, _, _, optimizer = build_parts(config, load_splits(config.data), accelerator)
+    model.to(accelerator.device).train()
     images = torch.rand(options.batch, 3, config.data.image_size, config.data.image_size)
     images = images.to(accelerator.device, memory_format=torch.channels_last)
     labels = torch.randint(0, 7, (options.batch,), device=accelerator.device)

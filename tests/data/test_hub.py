@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +22,7 @@ from dist_train.data.hub import open_hub
 from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.data.lazy import LazyImages
+from dist_train.data.synthetic import EXPRESSIONS
 
 
 @pytest.fixture
@@ -42,16 +47,16 @@ def rows_of(folder: Path, split: str) -> dict[str, list]:
 
 
 def write_parquet(folder: Path, to: Path, **splits: str) -> Path:
-    """Write two shards of each split, as another program than `datasets` would."""
+    """Write two shards of each split (by default: train), as another program than `datasets` would."""
     to.mkdir()
-    for name, split in splits.items():
+    for name, split in (splits or {"train": "train"}).items():
         table = pa.table(rows_of(folder, split))
         for number, part in enumerate((table.slice(0, 10), table.slice(10))):
             pq.write_table(part, to / f"{name}-{number:05}-of-00002.parquet")
     return to
 
 
-def write_tars(folder: Path, to: Path, classes: list[str]) -> Path:
+def write_tars(folder: Path, to: Path, classes: Sequence[str] = EXPRESSIONS) -> Path:
     to.mkdir()
     for split in ("train", "validation"):
         with tarfile.open(to / f"{split}-0000.tar", "w") as tar:
@@ -62,6 +67,22 @@ def write_tars(folder: Path, to: Path, classes: list[str]) -> Path:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return to
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], str]]:
+    """Return a function that serves a folder over HTTP and returns its address."""
+    servers = []
+
+    def start(folder: Path) -> str:
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def same(ours: ImageSet, theirs: ImageSet) -> bool:
@@ -85,10 +106,21 @@ def test_a_glob_of_shards_is_all_train(draw_folder, tmp_path, load):
     assert len(train) + len(validation) == 70
 
 
+@pytest.mark.parametrize("write", [write_parquet, write_tars], ids=["parquet", "webdataset"])
+def test_the_url_of_a_shard_is_the_file_it_serves(draw_folder, tmp_path, load, serve, monkeypatch, write):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # no hub is asked
+    folder = draw_folder()
+    write(folder, tmp_path / "shards")
+    file = min((tmp_path / "shards").glob("train-*"))
+    served = load(f"{serve(file.parent)}/{file.name}", "stream")
+    for ours, theirs in zip(served, load(file), strict=True):
+        assert same(ours, theirs) and len(ours)
+
+
 def test_webdataset_shards_have_numbers_for_classes(draw_folder, tmp_path, load):
     folder = draw_folder()
     original = load(folder)
-    shards = write_tars(folder, tmp_path / "tars", list(original[0].classes))
+    shards = write_tars(folder, tmp_path / "tars", original[0].classes)
     for ours, theirs in zip(load(shards, "stream"), original, strict=True):
         assert same(ours, theirs) and ours.classes == tuple("0123456")
 
