@@ -70,8 +70,9 @@ def write_tars(folder: Path, to: Path, classes: Sequence[str] = EXPRESSIONS) -> 
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Path], str]]:
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
     """Return a function that serves a folder over HTTP and returns its address."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     servers = []
 
     def start(folder: Path) -> str:
