@@ -233,13 +233,12 @@ def test_a_checkpoint_of_two_processes_resumes_on_two_and_on_one(launch, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_alike(tmp_path):
+def test_a_compiled_model_trains_alike_on_two_processes(launch, tmp_path):
     losses = []
     for compiled in ("false", "true"):
         run_dir = tmp_path / compiled
-        command = [sys.executable, *SMOKE, "--run_dir", str(run_dir), "--track.tool", "none"]
-        command += ["--optim.lr", "0.001", "--train.compile", compiled]
-        assert subprocess.run(command, timeout=600).returncode == 0
+        options = ("--model.backbone", "timm/test_resnet", "--optim.lr", "0.001", "--track.tool", "none")
+        launch("multi_cpu", *PORT, *SMOKE, *options, "--run_dir", str(run_dir), "--train.compile", compiled)
         losses.append(summary(run_dir)["final_train_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
