@@ -233,12 +233,13 @@ def test_a_checkpoint_of_two_processes_resumes_on_two_and_on_one(launch, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_alike_on_two_processes(launch, tmp_path):
+@pytest.mark.parametrize("recipe", [("cpu",), ("multi_cpu", *PORT)], ids=["one process", "two processes"])
+def test_a_compiled_model_trains_alike(launch, tmp_path, recipe):
     losses = []
     for compiled in ("false", "true"):
         run_dir = tmp_path / compiled
-        options = ("--model.backbone", "timm/test_resnet", "--optim.lr", "0.001", "--track.tool", "none")
-        launch("multi_cpu", *PORT, *SMOKE, *options, "--run_dir", str(run_dir), "--train.compile", compiled)
+        options = ("--optim.lr", "0.001", "--track.tool", "none")
+        launch(*recipe, *SMOKE, *options, "--run_dir", str(run_dir), "--train.compile", compiled)
         losses.append(summary(run_dir)["final_train_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
