@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -70,20 +70,13 @@ def write_tars(folder: Path, to: Path, classes: Sequence[str] = EXPRESSIONS) -> 
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
-    """Return a function that serves a folder over HTTP and returns its address."""
+def address(tmp_path, monkeypatch) -> Iterator[str]:
+    """Serve tmp_path over HTTP; return the address."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    servers = []
-
-    def start(folder: Path) -> str:
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)))
-        Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-        server.server_close()
 
 
 def same(ours: ImageSet, theirs: ImageSet) -> bool:
@@ -108,12 +101,12 @@ def test_a_glob_of_shards_is_all_train(draw_folder, tmp_path, load):
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_tars], ids=["parquet", "webdataset"])
-def test_the_url_of_a_shard_is_the_file_it_serves(draw_folder, tmp_path, load, serve, monkeypatch, write):
+def test_the_url_of_a_shard_is_the_file_it_serves(draw_folder, tmp_path, load, address, monkeypatch, write):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # no hub is asked
     folder = draw_folder()
     write(folder, tmp_path / "shards")
     file = max((tmp_path / "shards").glob("train-*"))
-    served = load(f"{serve(file.parent)}/{file.name}", "stream")
+    served = load(f"{address}/shards/{file.name}", "stream")
     for ours, theirs in zip(served, load(file), strict=True):
         assert same(ours, theirs) and len(ours)
 
