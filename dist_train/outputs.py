@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dist_train.data.imageset import ImageSet
 from dist_train.evaluation import judge
@@ -56,9 +57,10 @@ def leave_pictures(
         ),
         "confusion_matrix": plot_confusion(count_confusion(shares, validation.labels), model.classes),
     }
-    figures["curves"].savefig(run_dir / "curves.png")
-    figures["predictions"].savefig(run_dir / "predictions.png")
-    tracker.log_pictures({name: _pixels(figure) for name, figure in figures.items()})
+    pictures = {name: _pixels(figure) for name, figure in figures.items()}
+    for name in ("curves", "predictions"):
+        Image.fromarray(pictures[name]).save(run_dir / f"{name}.png")
+    tracker.log_pictures(pictures)
     if tracker.kind == "wandb":
         tracker.log_table("misclassified", MISTAKE_COLUMNS, _list_mistakes(model, validation, shares))
 
