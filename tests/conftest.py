@@ -1,4 +1,7 @@
-"""What all tests share: small class folders, the command line in this process, and real launches."""
+"""What all tests share: small class folders, the command line in this process, and real launches.
+
+Tests run in as many processes as there are cores (pytest -n 0: in one), each on one thread.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a download fails at once
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
@@ -20,7 +24,20 @@ from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "launch" / "accelerate"
+SMALL = ("--config", str(ROOT / "configs" / "smoke.yaml"), "--model.backbone", "timm/test_resnet")
 LAUNCHERS = ("ACCELERATE_", "MASTER_", "WANDB_", "OMP_", "PET_", "SLURM_", "GLOO_", "DIST_TRAIN_")
+
+ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ  # of the processes that run tests
+
+
+def pytest_configure() -> None:
+    if ONE_OF_SEVERAL:
+        torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One test process for each core; no other beside a test that fills a GPU."""
+    return 0 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
 
 
 def may_unshare() -> bool:
@@ -38,6 +55,8 @@ def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     for name in list(os.environ):
         if name.startswith(LAUNCHERS) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
+    if ONE_OF_SEVERAL:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -64,12 +83,11 @@ def draw_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def smoke(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that runs `dist-train train` on configs/smoke.yaml here and returns the run folder."""
+    """Return a function that runs `dist-train train` on SMALL here and returns the run folder."""
 
     def run(name: str = "run", *options: str, code: int = 0) -> Path:
         run_dir = tmp_path / name
-        config = str(ROOT / "configs" / "smoke.yaml")
-        arguments = ["train", "--config", config, "--run_dir", str(run_dir), "--track.tool", "none", *options]
+        arguments = ["train", *SMALL, "--run_dir", str(run_dir), "--track.tool", "none", *options]
         assert main(arguments) == code
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()

@@ -21,7 +21,7 @@ def make_run(run_dir: Path, data: DataConfig) -> Path:
     config = Config(data=data, train=TrainConfig(precision="no"))
     classes = load_splits(data)[0].classes
     torch.manual_seed(0)
-    model = FaceModel("timm/resnet10t", len(classes), False, classes=classes, image_size=data.image_size)
+    model = FaceModel("timm/test_resnet", len(classes), False, classes=classes, image_size=data.image_size)
     model.save(run_dir / "best")
     (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
     write_history(

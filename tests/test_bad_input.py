@@ -145,12 +145,12 @@ def test_there_is_no_traceback(place):
 
 
 def test_overwrite_replaces_an_earlier_run(smoke):
-    run_dir = smoke("run", "--model.backbone", "timm/resnet10t")
+    run_dir = smoke("run")
     (run_dir / "mine.txt").touch()
     (run_dir / "checkpoints" / "step_99999999").mkdir()
-    smoke("run", "--model.backbone", "timm/resnet10t", code=2)
+    smoke("run", code=2)
     assert (run_dir / "checkpoints" / "step_99999999").exists()
-    smoke("run", "--model.backbone", "timm/resnet10t", "--overwrite")
+    smoke("run", "--overwrite")
     assert not (run_dir / "checkpoints" / "step_99999999").exists()
     assert (run_dir / "mine.txt").exists()
 

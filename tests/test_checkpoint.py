@@ -28,7 +28,7 @@ def losses(run_dir: Path) -> list[tuple[str, str, str]]:
         return [(row["epoch"], row["train_loss"], row["valid_loss"]) for row in csv.DictReader(file)]
 
 
-OPTIONS = ("--model.backbone", "timm/resnet10t", "--train.max_steps", "18", "--train.epochs", "3", "--train.ema", "0.9")
+OPTIONS = ("--train.max_steps", "18", "--train.epochs", "3", "--train.ema", "0.9")
 
 
 @pytest.mark.parametrize("every_steps", ["4", "6", "100"])
@@ -115,7 +115,7 @@ def test_other_data_is_accepted_where_told_but_never_another_model(smoke, capsys
 def test_a_training_without_a_scaler_goes_on_with_one(smoke):
     """As one in bf16 does on a GPU that has fp16 only."""
     (checkpoint,) = list_checkpoints(smoke("run", *OPTIONS, "--save.keep", "1") / "checkpoints")
-    model = FaceModel("timm/resnet10t", pretrained=False)
+    model = FaceModel("timm/test_resnet", pretrained=False)
     optimizer = build_optimizer(model, OptimConfig())
     build_schedule(optimizer, OptimConfig(), 12, 18)
     state = TrainState(model, optimizer, Progress(), None)

@@ -23,7 +23,7 @@ class Pixels(nn.Module):
 
 
 def test_each_image_is_judged_in_order_as_evaluate_judges_it():
-    model = FaceModel("timm/resnet10t", pretrained=False).train()
+    model = FaceModel("timm/test_resnet", pretrained=False).train()
     shares = judge(model, FACES.images)
     assert shares.shape == (300, 7) and shares.dtype == np.float32 and model.training
     assert np.allclose(shares.sum(1), 1, atol=1e-5)

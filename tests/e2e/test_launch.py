@@ -19,7 +19,7 @@ SMOKE = (
     "--config",
     str(ROOT / "configs/smoke.yaml"),
     "--model.backbone",
-    "timm/resnet10t",
+    "timm/test_resnet",
 )
 PORT = ("--main_process_port", "0")
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import ROOT, accelerate_launch
-
-SMALL = ("--config", str(ROOT / "configs/smoke.yaml"), "--model.backbone", "timm/test_resnet")
+from conftest import SMALL, accelerate_launch
 
 
 def find_trainings(parent: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
