@@ -42,7 +42,15 @@ VARIANTS: dict[str, dict[str, str]] = {
     "learning rate 0.03": {"optim.lr": "0.03"},
     "batch 64": {"train.batch_size": "64", "optim.lr": "0.05"},
     "weight decay 0.002": {"optim.weight_decay": "0.002"},
+    "one-cycle": {"optim.warmup_epochs": "2.4"},
+    "one channel": {"model.in_channels": "1"},
+    "32 pixels": {"data.image_size": "32"},
+    "48 pixels after 32": {"train.epochs": "4"},
+    "base, three times as long": {"train.epochs": "24"},
+    "flips only, three times as long": NONE | {"train.epochs": "24"},
 }
+STARTS_FROM = {"48 pixels after 32": "32 pixels"}
+"""Variants that go on with the weights of another, which must have been trained."""
 
 
 def main() -> None:
@@ -54,6 +62,9 @@ def main() -> None:
             keys = (
                 BASE | VARIANTS[name] | {"data.path": options.data, "data.splits": options.splits, "run_dir": run_dir}
             )
+            if name in STARTS_FROM:
+                first = options.out / STARTS_FROM[name].replace(" ", "_")
+                keys["model.weights"] = first / "best" / "model.safetensors"
             given = [f"--{key}={value}" for key, value in keys.items()]
             subprocess.run([sys.executable, "-m", "dist_train", "train", *given, "--resume=auto"], check=True, cwd=ROOT)
         summary = json.loads((run_dir / "summary.json").read_text())
