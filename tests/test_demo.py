@@ -76,7 +76,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_page_boxes_two_faces(served: str, browser: Any, tmp_path: Path) -> None:
+def test_page_boxes_two_faces(browser: Any, served: str, tmp_path: Path) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
     pytest.importorskip("facenet_pytorch", reason="finding faces needs facenet-pytorch (the extra predict)")
     compose(SQUARES).save(tmp_path / "two.png")
@@ -117,7 +117,7 @@ def test_page_boxes_two_faces(served: str, browser: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_page_by_keyboard_and_with_bad_files(served: str, browser: Any, tmp_path: Path) -> None:
+def test_page_by_keyboard_and_with_bad_files(browser: Any, served: str, tmp_path: Path) -> None:
     page = browser.new_page()
     page.goto(served, timeout=120_000)
     page.wait_for_selector("#result .empty", timeout=120_000)

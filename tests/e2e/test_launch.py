@@ -9,18 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, accelerate_launch
+from conftest import ROOT, SMALL, accelerate_launch
 from wandb_file import KEYS, find_runs, read_history
 
-SMOKE = (
-    "-m",
-    "dist_train",
-    "train",
-    "--config",
-    str(ROOT / "configs/smoke.yaml"),
-    "--model.backbone",
-    "timm/test_resnet",
-)
+SMOKE = ("-m", "dist_train", "train", *SMALL)
 PORT = ("--main_process_port", "0")
 
 
@@ -257,13 +249,15 @@ def test_bf16_reaches_the_accuracy_of_fp32(tmp_path):
             "--run_dir",
             str(run_dir),
             "--data.count",
-            "4000",
+            "2000",
             "--data.source",
             "synthetic",
+            "--model.backbone",
+            "timm/resnet10t",
             "--model.pretrained",
             "false",
             "--train.epochs",
-            "4",
+            "6",
             "--optim.name",
             "adamw",
             "--optim.lr",
@@ -278,4 +272,5 @@ def test_bf16_reaches_the_accuracy_of_fp32(tmp_path):
         assert subprocess.run(command, timeout=900).returncode == 0
         assert summary(run_dir)["precision"] == precision
         accuracy[precision] = summary(run_dir)["best_valid_acc"]
+    assert accuracy["no"] > 0.85
     assert accuracy["bf16"] == pytest.approx(accuracy["no"], abs=0.04)

@@ -14,21 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, accelerate_launch, may_unshare
+from conftest import SMALL, accelerate_launch, may_unshare
 
 MACHINES = ("dist_train_a", "dist_train_b")
 LINK = "cable0"
 LONGEST_WAIT = 20  # seconds for DIST_TRAIN_TIMEOUT
-TRAINING = (
-    "--model.backbone",
-    "timm/resnet10t",
-    "--train.epochs",
-    "4",
-    "--train.max_steps",
-    "48",
-    "--track.tool",
-    "none",
-)
+TRAINING = (*SMALL, "--train.epochs", "8", "--train.max_steps", "96", "--track.tool", "none")
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,13 +58,11 @@ def cable(state: str) -> None:
 
 def start(run_dir: Path, *options: str) -> list[subprocess.Popen[str]]:
     """Start the training on both machines."""
-    smoke = ("-m", "dist_train", "train", "--config", str(ROOT / "configs/smoke.yaml"), *TRAINING)
     commands = [
         accelerate_launch(
             "multi_node",
             *("--num_processes", "2", "--main_process_ip", "10.77.0.1", "--machine_rank", str(rank)),
-            *smoke,
-            *("--run_dir", str(run_dir), *options),
+            *("-m", "dist_train", "train", *TRAINING, "--run_dir", str(run_dir), *options),
         )
         for rank in range(2)
     ]
@@ -137,5 +126,5 @@ def test_a_cable_pulled_for_a_while_is_sat_out_and_for_good_ends_both_machines_i
     machines = start(ended, "--resume", "auto")
     finish(machines, 240)
     assert [machine.returncode for machine in machines] == [0, 0]
-    assert len(losses(sat_out)) == 4
+    assert len(losses(sat_out)) == 8
     assert losses(ended) == losses(sat_out)

@@ -47,7 +47,7 @@ def test_the_steps_leave_an_environment_that_trains(tmp_path):
             subprocess.run(["sh", "-ec", rest], cwd=folder, env=environment, check=True, timeout=1500)
     assert folder == tmp_path / "work"
     command = "accelerate launch --config_file launch/accelerate/multi_gpu.yaml --num_processes 2 --main_process_port 0"
-    command += " -m dist_train train --config configs/smoke.yaml --model.backbone timm/resnet10t --track.tool none"
+    command += " -m dist_train train --config configs/smoke.yaml --model.backbone timm/test_resnet --track.tool none"
     subprocess.run([*command.split(), "--run_dir", "runs/a"], cwd=folder, env=environment, check=True, timeout=300)
     assert json.loads((folder / "runs/a/summary.json").read_text())["world_size"] == 2
     assert not list((tmp_path / "source").rglob("*.jpg"))

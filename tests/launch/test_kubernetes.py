@@ -69,7 +69,7 @@ def start_pods(container: dict, run_dir, variables: list[dict[str, str]], *optio
     command = [instead.get(word, word) for word in container["command"] + container["args"]]
     assert command[0] == "torchrun" and set(instead) <= {*container["args"]}
     command = [sys.executable, "-m", "torch.distributed.run", *filter(None, command[1:]), "--track.tool", "none"]
-    command += ["--model.backbone", "timm/resnet10t", *options]
+    command += ["--model.backbone", "timm/test_resnet", *options]
     return [
         subprocess.Popen(command, cwd=run_dir.parent, env=os.environ | pod, stderr=subprocess.DEVNULL)
         for pod in variables
@@ -105,7 +105,7 @@ def test_two_pods_are_one_training(tmp_path, kind):
 
 @pytest.mark.slow
 def test_pods_started_anew_go_on_where_an_evicted_one_left_them(tmp_path):
-    options = ("--train.epochs", "3", "--train.max_steps", "32", "--save.every_steps", "4")
+    options = ("--train.epochs", "8", "--train.max_steps", "96", "--save.every_steps", "4")
     container, variables = operator("TrainJob")
     undisturbed = start_pods(container, tmp_path / "undisturbed", variables, *options)
     assert [pod.wait(200) for pod in undisturbed] == [0, 0]
@@ -122,4 +122,4 @@ def test_pods_started_anew_go_on_where_an_evicted_one_left_them(tmp_path):
     pods = start_pods(container, run_dir, variables, *options)
     assert [pod.wait(200) for pod in pods] == [0, 0]
     found, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "undisturbed"))
-    assert found["final_train_loss"] == expected["final_train_loss"] and found["steps"] == 32
+    assert found["final_train_loss"] == expected["final_train_loss"] and found["steps"] == 96

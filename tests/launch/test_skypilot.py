@@ -44,7 +44,7 @@ def test_shellcheck_is_clean(part):
 @pytest.mark.parametrize("machines", [1, 2])
 def test_its_command_is_one_training(tmp_path, machines):
     """With the variables that SkyPilot sets on each machine, a process for each of two GPUs altogether."""
-    run = yaml.safe_load(FILE.read_text())["run"].rstrip() + " --model.backbone timm/resnet10t --track.tool none"
+    run = yaml.safe_load(FILE.read_text())["run"].rstrip() + " --model.backbone timm/test_resnet --track.tool none"
     for there, here in {
         "~/venv/bin": str(Path(sys.executable).parent),
         "-m dist_train": f"--main_process_port {free_port()} -m dist_train",
