@@ -57,7 +57,7 @@ def own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             monkeypatch.delenv(name)
     if ONE_OF_SEVERAL:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads of launches side by side sleep while they wait
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

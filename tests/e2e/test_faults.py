@@ -33,9 +33,8 @@ KILLS = 20
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Trainings side by side, each with one thread that sleeps while it waits; none outlives its test."""
+    """Trainings side by side, each with one thread; none outlives its test."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     yield
     for child in find_trainings(psutil.Process(), recursive=True):
         child.kill()
