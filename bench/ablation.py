@@ -17,7 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 BASE = {
     "model.pretrained": "false",
     "data.image_size": "48",
@@ -61,7 +60,7 @@ def main() -> None:
             variant = {key: value.format(out=options.out) for key, value in VARIANTS[name].items()}
             keys = BASE | variant | {"data.path": options.data, "data.splits": options.splits, "run_dir": run_dir}
             given = [f"--{key}={value}" for key, value in keys.items()]
-            subprocess.run([sys.executable, "-m", "dist_train", "train", *given, "--resume=auto"], check=True, cwd=ROOT)
+            subprocess.run([sys.executable, "-m", "dist_train", "train", *given, "--resume=auto"], check=True)
         summary = json.loads((run_dir / "summary.json").read_text())
         rows.append((name, summary["epochs"], summary["train_seconds"] / 60, 100 * summary["final_valid_acc"]))
     print(

@@ -138,8 +138,7 @@ sys.exit(75)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGUSR1, 2)])
 def test_a_signal_reaches_every_process_and_their_exit_code_comes_back(tmp_path: Path, processes, number):
     (tmp_path / "program.py").write_text(PROGRAM)
     kind = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]

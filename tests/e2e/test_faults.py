@@ -130,8 +130,7 @@ def test_a_killed_process_of_two_is_restarted_20_times_and_the_weights_are_the_u
 LONG = ("--train.epochs", "1000", "--train.max_steps", "100000", "--save.every_epochs", "1000")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(("name", "processes"), [("SIGTERM", 1), ("SIGTERM", 2), ("SIGINT", 2), ("SIGUSR1", 1)])
 def test_a_signal_to_any_process_ends_all_with_the_state_saved(tmp_path, name, processes):
     run_dir = tmp_path / "run"
     training = Training(run_dir, *LONG, processes=processes)

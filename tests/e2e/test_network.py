@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import SMALL, accelerate_launch, may_unshare
+from training import find_trainings
 
 MACHINES = ("dist_train_a", "dist_train_b")
 LINK = "cable0"
@@ -79,9 +78,8 @@ def finish(machines: list[subprocess.Popen[str]], seconds: float) -> list[str]:
     try:
         return [machine.communicate(timeout=seconds)[1] for machine in machines]
     finally:
-        for machine in machines:
-            with suppress(ProcessLookupError):
-                os.killpg(machine.pid, signal.SIGKILL)
+        for child in find_trainings(psutil.Process(), recursive=True):
+            child.kill()
 
 
 def wait_for_an_epoch(run_dir: Path, machines: list[subprocess.Popen[str]]) -> None:
