@@ -1,7 +1,8 @@
 # dist_train with its dependencies in a virtual environment, run by a user without rights.
 #   docker build -t IMAGE .                                             torch for CUDA, from pip's own index
 #   docker build -t IMAGE --build-arg TORCH_INDEX=URL .                 from another: PyTorch's index of CPU wheels makes it small
-#   docker run --gpus all --shm-size 1g -v "$PWD/runs:/work/runs" IMAGE accelerate launch ...      as outside a container
+#   mkdir -p runs && chmod a+w runs                                     the user in the container, 1000, writes there
+#   docker run --gpus all --shm-size 1g -v DIR:/data:ro -v "$PWD/runs:/work/runs" IMAGE dist-train launch --data.path /data ...
 FROM python:3.12-slim AS build
 ARG TORCH_INDEX=
 RUN python3 -m venv /venv

@@ -28,6 +28,11 @@ def test_a_recipe_has_at_most_three_lines_to_edit(file):
     assert 1 <= (ROOT / "launch" / file).read_text().count("# edit") <= 3
 
 
+def test_a_runtime_stands_before_the_job_that_names_it():
+    """kubectl apply goes by the order of the file, and Trainer's webhook refuses a job whose runtime is not there."""
+    assert list(documents("trainjob.yaml")) == ["TrainingRuntime", "TrainJob"]
+
+
 @pytest.mark.slow
 def test_kubeflow_knows_every_key(tmp_path):
     python = install("kubeflow-trainer-api", "kubeflow-training", "pyyaml") / "python"
