@@ -93,8 +93,8 @@ def find_place(environment: Mapping[str, str], nodes: int | None = None) -> Plac
         raise InputError(f"--nodes: {nodes} machines, but {place.source} says {place.nodes}")
     if (nodes or place.nodes) > 1 and not place.main_host:
         raise InputError(
-            f"--nodes: {nodes} machines, but nothing says which this is; set PET_NODE_RANK (0 on the first) and "
-            "PET_MASTER_ADDR (the first machine's address) on each"
+            f"--nodes: {nodes or place.nodes} machines, but nothing says where the first is; set PET_MASTER_ADDR (its "
+            "address) and PET_NODE_RANK (0 on the first) on each"
         )
     return place
 

@@ -93,6 +93,7 @@ def test_the_rest_belongs_to_the_command_that_is_started(chosen):
         (["--processes", "0"], {}, "--processes: '0' is not allowed; expected auto or a whole number"),
         (["--processes", "9"], {}, "--processes: 9 on a machine with 8 GPUs"),
         (["--nodes", "2"], {}, "PET_MASTER_ADDR"),
+        ([], {"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "--nodes: 2 machines"),
         (["--nodes", "1"], SLURM_STEP, "--nodes: 1 machines, but SLURM says 2"),
         (["--nodes", "1"], TRAIN_JOB, "--nodes: 1 machines, but PET_NNODES says 3"),
         ([], SLURM_STEP | {"SLURM_STEP_NUM_TASKS": "16"}, "one per node is wanted"),
