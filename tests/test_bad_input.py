@@ -62,6 +62,7 @@ CASES = {
     "path for drawn faces": (["train", *SYNTHETIC, "--data.path", "x"], ["data.path", "x", "synthetic"]),
     "no such data": (["train", *FOLDER, "nowhere"], ["data.path", "nowhere", "does not exist"]),
     "folder without train": (["train", *FOLDER, "empty"], ["empty", "train/<class>/*"]),
+    "folder around the data": (["train", *FOLDER, "around"], ["no folder train/", "around/images has"]),
     "split without classes": (["train", *FOLDER, "classless"], ["train", "no class folders"]),
     "one class": (["train", *FOLDER, "single"], ["only one class", "happy"]),
     "text in place of csv": (["train", *FOLDER, "notes.txt"], ["notes.txt", "no column"]),
@@ -101,7 +102,13 @@ def place(tmp_path, monkeypatch, draw_folder) -> Path:
     draw_folder("faces", train=14, validation=7)
     draw_folder("spoiled", train=14, validation=7)
     (tmp_path / "spoiled/train/happy/bad.png").write_bytes(b"\x89PNG")
-    for folder in ("empty/photos", "classless/train", "single/train/happy", "single/validation/happy"):
+    for folder in (
+        "empty/photos",
+        "around/images/train",
+        "classless/train",
+        "single/train/happy",
+        "single/validation/happy",
+    ):
         (tmp_path / folder).mkdir(parents=True)
     for split in ("train", "validation"):
         picture = next((tmp_path / "faces" / split / "happy").iterdir())

@@ -49,6 +49,7 @@ def cached(config: DataConfig, stamp: Sequence[str], build: Callable[[], Splits]
             return _read_cache(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("decoded images in %s are damaged (%s) and are decoded anew", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
     splits = build()
     try:
         _write_cache(folder, splits)
@@ -89,11 +90,10 @@ def _write_cache(folder: Path, splits: Splits) -> None:
                 np.save(aside / f"{split}.sizes.npy", images.sizes)
             meta = {"names": images.names, "classes": images.classes}
             (aside / f"{split}.json").write_text(json.dumps(meta))
-        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
-        if not folder.exists():  # else another node on the same file system was first
+        if not folder.exists():  # else another node on the same file system was first, and has its images mapped
             raise
 
 

@@ -27,7 +27,9 @@ def split_folders(path: Path) -> dict[str, Path]:
         if folder:
             found[split] = folder
     if "train" not in found:
-        raise InputError(f"data.path: {path} has no folder train/; expected train/<class>/* and validation/<class>/*")
+        inside = next((f" (but {kind} has)" for kind in _kinds(path) if (kind / "train").is_dir()), "")
+        expected = "expected train/<class>/* and validation/<class>/*"
+        raise InputError(f"data.path: {path} has no folder train/{inside}; {expected}")
     return found
 
 

@@ -103,7 +103,8 @@ def _read_labels(data: Dataset, column: str) -> list[Any]:
     if column not in data.features:
         return [None] * len(data)
     values = data.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    return [None if value == -1 else value for value in values]  # -1: of a ClassLabel that is not known
+    unknown = -1 if hasattr(data.features[column], "names") else None  # a ClassLabel's sign of an image without
+    return [None if value == unknown else value for value in values]
 
 
 def _encoded(data: Dataset, column: str, split: str, labels: np.ndarray) -> Encoded:

@@ -136,6 +136,14 @@ def test_class_labels_name_the_classes_and_a_test_split_may_be_without_labels(dr
         load_splits(DataConfig(path=str(shards), cache=str(tmp_path / "hub_cache")), "test")
 
 
+def test_minus_one_is_a_class_like_another_where_labels_are_plain_numbers(draw_folder, tmp_path, load):
+    rows = rows_of(draw_folder(), "train")
+    rows["label"] = [-1 if label == "happy" else 1 for label in rows["label"]]
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "shards" / "train.parquet")
+    assert load(tmp_path / "shards")[0].classes == ("-1", "1")
+
+
 def test_rows_without_an_image_are_named_or_left_out(draw_folder, tmp_path, load):
     rows = rows_of(draw_folder(), "train")
     rows["image"][3], rows["image"][5] = None, {"bytes": b"no image", "path": None}

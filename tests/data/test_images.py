@@ -14,10 +14,11 @@ from conftest import ROOT
 from PIL import Image
 
 from dist_train.config import CLASSES, DataConfig, InputError
-from dist_train.data.cache import cache_folder
+from dist_train.data.cache import cache_folder, cached
 from dist_train.data.decode import decode_image
 from dist_train.data.images import FER2013_CLASSES, load_splits
-from dist_train.data.synthetic import draw_faces
+from dist_train.data.imageset import ImageSet, Splits
+from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 
 
 def config(path: Path, **options) -> DataConfig:
@@ -180,6 +181,26 @@ def test_decoded_images_are_cached_until_a_file_changes(draw_folder, tmp_path):
     (path / "train/happy/new.png").write_bytes(file.read_bytes())
     assert len(load_splits(options)[0]) == 71
     assert len(list(cache.iterdir())) == 3
+
+
+def test_another_machine_that_decodes_as_well_leaves_the_images_that_the_first_has_mapped(tmp_path):
+    options, inodes = DataConfig(cache=str(tmp_path)), []
+
+    def decode() -> Splits:
+        images, labels = draw_faces(7)
+        return {"train": ImageSet(images, labels, [str(i) for i in range(7)], EXPRESSIONS)}
+
+    def inode() -> int:
+        return next(tmp_path.glob("*/train.images.npy")).stat().st_ino
+
+    def decode_slowly() -> Splits:
+        cached(options, ["stamp"], decode)
+        inodes.append(inode())
+        return decode()
+
+    cached(options, ["stamp"], decode_slowly)
+    assert inodes == [inode()]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_moved_image_and_a_renamed_class_are_not_taken_from_the_cache(draw_folder):
