@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from dist_train.config import Config, InputError
 from dist_train.data.images import load_splits
@@ -105,19 +106,24 @@ def export_onnx(model: FaceModel, folder: Path) -> None:
     logger.info("export: model.onnx agrees on %d images to %.1e, same class for all", CHECKED, difference)
 
 
-def onnx_logits(file: Path, images: np.ndarray | LazyImages, repeats: int = 1) -> np.ndarray:
-    """Return the logits, float32 [N, K], that an exported model gives for images, uint8 [N, C, S, S].
-
-    repeats: how often each channel is given to the model.
-    """
+def onnx_logits(file: Path, images: np.ndarray | LazyImages) -> np.ndarray:
+    """Return the logits, float32 [N, K], that an exported model gives for images, uint8 [N, 1 or 3, S, S]."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    channels = session.get_inputs()[0].shape[1]
     parts = [
-        session.run(None, {"images": images[at : at + BATCH].repeat(repeats, 1)})[0]
+        session.run(None, {"images": with_channels(images[at : at + BATCH], channels)})[0]
         for at in range(0, len(images), BATCH)
     ]
     return np.concatenate(parts)
+
+
+def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    """Return uint8 [N, `channels`, S, S]: gray images repeated for a model of colour, or the colour taken out."""
+    if images.shape[1] <= channels:
+        return images.repeat(channels // images.shape[1], 1)
+    return rgb_to_grayscale(torch.from_numpy(images)).numpy()
 
 
 def compare(expected: np.ndarray, found: np.ndarray) -> tuple[float, float]:
@@ -133,11 +139,11 @@ def _torch_logits(model: FaceModel, images: np.ndarray) -> np.ndarray:
 def _export_int8(model: FaceModel, folder: Path, how: str, splits: tuple[ImageSet, ImageSet]) -> None:
     """Write model.int8.onnx and, to quantization.json, what it costs in accuracy on the validation images."""
     train, validation = splits
-    repeats = (1 if model.gray else 3) // train.images.shape[1]  # all gray images may be given to a model for colour
     some = np.random.default_rng(0).permutation(len(train))[:CALIBRATED]
-    quantize_onnx(folder / "model.onnx", folder / "model.int8.onnx", how, train.images[some].repeat(repeats, 1))
+    calibration = with_channels(train.images[some], 1 if model.gray else 3)
+    quantize_onnx(folder / "model.onnx", folder / "model.int8.onnx", how, calibration)
     images = validation.images
-    logits = {name: onnx_logits(folder / name, images, repeats) for name in ("model.onnx", "model.int8.onnx")}
+    logits = {name: onnx_logits(folder / name, images) for name in ("model.onnx", "model.int8.onnx")}
     full, int8 = ((found.argmax(1) == validation.labels).mean() for found in logits.values())
     report = {
         "quantization": how,

@@ -133,9 +133,12 @@ def _frames(file: Path, every: int) -> Iterator[tuple[int, Image.Image]]:
         stream = container.streams.video[0]
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
             raise ValueError(f"frames of more than {MAX_PIXELS:,} pixels")
+        number = -1
         for number, frame in enumerate(container.decode(stream)):
             if number % every == 0:
                 yield number, frame.to_image().rotate(frame.rotation, expand=True)
+        if number < 0:
+            raise ValueError("no pictures in it")
 
 
 def _check_regular(file: Path) -> None:

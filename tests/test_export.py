@@ -15,6 +15,7 @@ import yaml
 from dist_train import FaceModel, load_run
 from dist_train.cli import main
 from dist_train.data.synthetic import draw_faces
+from dist_train.export import with_channels
 
 
 def make_run(folder: Path, gray: bool = True, **options: object) -> Path:
@@ -56,6 +57,16 @@ def test_onnx_gives_the_models_logits(gray: bool, tmp_path: Path) -> None:
         assert np.abs(found - expected[:count]).max() < 1e-4
         assert (found.argmax(1) == expected[:count].argmax(1)).all()
     assert json.loads((out / "config.json").read_text())["classes"][3] == "happy"
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_images_get_the_channels_of_the_model(given: int, wanted: int, tmp_path: Path) -> None:
+    """As FaceModel does by itself, up to rounding."""
+    model = load_run(make_run(tmp_path / "run", gray=wanted == 1, in_channels=wanted))
+    images = np.random.default_rng(0).integers(0, 256, (4, given, 32, 32), dtype=np.uint8)
+    fitting = with_channels(images, wanted)
+    assert fitting.shape == (4, wanted, 32, 32) and fitting.dtype == np.uint8
+    np.testing.assert_allclose(logits(model, fitting), logits(model, images), atol=0.02)
 
 
 @pytest.mark.slow

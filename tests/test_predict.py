@@ -159,6 +159,16 @@ def test_video_is_read_and_smoothed(run_dir: Path, tmp_path: Path) -> None:
     assert [row["frame"] for row in predict(run_dir, tmp_path / "film.mp4", "--every", 3)] == ["0", "3", "6"]
 
 
+def test_a_video_without_pictures_is_named(run_dir: Path, tmp_path: Path, capsys) -> None:
+    av = pytest.importorskip("av", reason="videos need PyAV (the extra predict)")
+    with av.open(str(tmp_path / "film.avi"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 96
+        film.start_encoding()
+    assert main(["predict", str(run_dir), str(tmp_path / "film.avi")]) == 2
+    assert "film.avi: no pictures in it" in capsys.readouterr().err
+
+
 def test_smoother_tells_faces_apart() -> None:
     left, right = (0, 0, 10, 10), (50, 0, 60, 10)
     sure, unsure = np.array([1.0, 0.0]), np.array([0.5, 0.5])
