@@ -25,7 +25,8 @@ def with_quickstart(arguments: list[str]) -> list[str]:
     names = {argument.split("=")[0] for argument in arguments}
     if names & {"--config", "--data.path", "--data.source"}:
         return arguments
-    run_dir = next((b for a, b in pairwise(arguments) if a == "--run_dir"), "")
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    run_dir = next((b for a, b in pairwise(words) if a == "--run_dir"), "")
     resumed = Path(run_dir) / "config.yaml"
     if "--resume" in names and run_dir and resumed.is_file():
         return [arguments[0], "--config", str(resumed), *arguments[1:]]

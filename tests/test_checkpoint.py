@@ -201,6 +201,13 @@ def test_any_damage_is_named_and_the_checkpoint_before_is_used(saved, tmp_path, 
         find_checkpoint(run_dir, "auto")
 
 
+@pytest.mark.parametrize("written", [["--run_dir", "{}"], ["--run_dir={}"]], ids=" ".join)
+def test_a_resumed_run_needs_no_config_but_its_own(saved, tmp_path, written):
+    run_dir = shutil.copytree(saved, tmp_path / "run")
+    assert main(["train", *(word.format(run_dir) for word in written), "--resume", "auto"]) == 0
+    assert losses(run_dir) == losses(saved)
+
+
 @pytest.mark.parametrize("link", ["best", "checkpoints/step_00000099", "best/config.json", "report.html"])
 def test_a_run_folder_that_holds_links_to_elsewhere_is_refused(saved, tmp_path, capsys, link):
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
