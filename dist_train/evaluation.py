@@ -27,7 +27,9 @@ JUDGED_AT_ONCE = 256
 
 
 def shard_exactly(loader: DataLoader | ImageLoader, accelerator: Accelerator) -> DataLoader | ImageLoader:
-    """Return a loader that gives every sample to exactly one process, none twice."""
+    """Return a loader that gives every sample to exactly one process, none twice; InputError where that cannot be."""
+    if accelerator.num_processes > 1 and getattr(getattr(loader, "batch_sampler", None), "even_batches", False):
+        raise InputError("validation: accelerator.prepare() made the loader repeat samples; give the one before it")
     if not isinstance(loader, DataLoader) or isinstance(loader, DataLoaderShard):
         return loader
     if isinstance(loader.dataset, IterableDataset) and accelerator.num_processes > 1:

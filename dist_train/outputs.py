@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,10 @@ def leave_pictures(
 
     Called on every process, as all judge.
     """
-    if not on_main(accelerator, (run_dir / "best").is_dir):  # which the main process wrote
+    model = on_main(accelerator, _load_best, run_dir)  # on a shared disk others may not see the newest files yet
+    if model is None:
         logger.warning("no epoch had a finite validation figure: there is no best model and there are no pictures")
         return
-    model = load_run(run_dir)
     shares = judge(model, validation.images, accelerator=accelerator)
     if not accelerator.is_main_process:
         return
@@ -63,6 +64,10 @@ def leave_pictures(
     tracker.log_pictures(pictures)
     if tracker.kind == "wandb":
         tracker.log_table("misclassified", MISTAKE_COLUMNS, _list_mistakes(model, validation, shares))
+
+
+def _load_best(run_dir: Path) -> FaceModel | None:
+    return load_run(run_dir) if (run_dir / "best").is_dir() else None
 
 
 def _list_mistakes(model: FaceModel, data: ImageSet, shares: np.ndarray) -> list[list[Any]]:
@@ -96,11 +101,13 @@ def write_summary(run_dir: Path, progress: Progress, run_id: str | None, acceler
     if not progress.epochs:
         logger.warning("no epoch was finished: there is no summary")
         return
-    last, best = progress.epochs[-1], progress.epochs[progress.best_epoch - 1]
+    last = progress.epochs[-1]
+    best = progress.epochs[progress.best_epoch - 1] if progress.best_epoch else None
+    final = {name: getattr(last, name) for name in History._fields}
     summary = {
-        "best_valid_acc": best.valid_acc,
-        "best_epoch": best.epoch,
-        **{f"final_{name}": getattr(last, name) for name in ("train_loss", "train_acc", "valid_loss", "valid_acc")},
+        "best_valid_acc": best and best.valid_acc,
+        "best_epoch": best and best.epoch,
+        **{f"final_{name}": value if math.isfinite(value) else None for name, value in final.items()},
         "epochs": last.epoch,
         "steps": progress.step,
         "world_size": accelerator.num_processes,
@@ -113,4 +120,5 @@ def write_summary(run_dir: Path, progress: Progress, run_id: str | None, acceler
         "versions": {name: version(name) for name in PACKAGES},
     }
     write_file(run_dir / "summary.json", lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"))
-    logger.info("best validation accuracy %.4f in epoch %d; run folder: %s", best.valid_acc, best.epoch, run_dir)
+    if best:
+        logger.info("best validation accuracy %.4f in epoch %d; run folder: %s", best.valid_acc, best.epoch, run_dir)

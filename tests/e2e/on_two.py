@@ -18,13 +18,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from dist_train import evaluate, train
-from dist_train.config import DataConfig, TrainConfig
+from dist_train import FaceModel, evaluate, train
+from dist_train.config import DataConfig, InputError, TrackConfig, TrainConfig
 from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.data.lazy import LazyImages
 from dist_train.data.loader import ImageLoader
+from dist_train.outputs import leave_pictures
 from dist_train.processes import build_accelerator
+from dist_train.tracking import Tracker
+from dist_train.training import History
 
 SAMPLES = 101
 
@@ -88,6 +91,17 @@ def shuffled_evaluation() -> list[int]:
     return evaluate(Telling(), loader, accelerator=accelerator).confusion.diagonal().tolist()
 
 
+def refusal_of_repeated_samples() -> str:
+    indices = torch.arange(SAMPLES)
+    accelerator = build_accelerator(TrainConfig(precision="no"))
+    loader = accelerator.prepare(DataLoader(TensorDataset(indices, indices), 16))
+    try:
+        evaluate(Telling(), loader, accelerator=accelerator)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def validated_then_trained() -> list[float]:
     """Return by how much two losses of sharded weights, which are validated first, differ from the first one."""
     accelerator = build_accelerator(TrainConfig(precision="no"))
@@ -105,6 +119,17 @@ def validated_then_trained() -> list[float]:
     return [loss - losses[0] for loss in losses]
 
 
+def pictures(folder: Path) -> list[str]:
+    """Return the pictures of a run whose folder the main process alone sees."""
+    accelerator = build_accelerator(TrainConfig(precision="no"))
+    run_dir = folder / "run" if accelerator.is_main_process else folder / "not yet here"
+    if accelerator.is_main_process:
+        FaceModel("timm/test_resnet", pretrained=False).save(run_dir / "best")
+    tracker = Tracker(accelerator, TrackConfig(tool="none"), run_dir, {}, None)
+    leave_pictures(run_dir, History([1], [1], [1], [1]), load_splits(DataConfig(count=95))[1], tracker, accelerator)
+    return sorted(file.name for file in run_dir.glob("*.png"))
+
+
 def figures() -> dict[str, Any]:
     return {
         "fp32": small_training(),
@@ -116,6 +141,7 @@ def figures() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = figures() | {"sharded": validated_then_trained()}
+    found = figures() | {"pictures": pictures(Path(sys.argv[1]).parent), "refusal": refusal_of_repeated_samples()}
+    found["sharded"] = validated_then_trained()
     if build_accelerator(TrainConfig(precision="no")).is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(found))

@@ -53,6 +53,15 @@ def test_a_shuffled_validation_loader_counts_each_sample_once(found):
     assert found["counted"] == [1] * SAMPLES
 
 
+def test_pictures_need_only_the_main_processs_view_of_the_run_folder(found):
+    """A disk that machines share may show the others its newest files late."""
+    assert found["pictures"] == ["curves.png", "predictions.png"]
+
+
+def test_a_loader_that_accelerate_has_made_repeat_samples_is_refused(found):
+    assert "give the one before it" in found["refusal"]
+
+
 @pytest.mark.slow
 def test_a_training_with_gradients_in_bf16_resumes(launch, tmp_path):
     options = ("--train.bf16_gradients", "true", "--optim.lr", "0.01", "--save.every_steps", "5", "--save.keep", "9")
