@@ -146,7 +146,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     channels_last: bool = True
-    """Keep images and convolution weights in channels-last memory order."""
+    """Keep the weights of convolutions, and so what they compute, in channels-last memory order."""
     sync_batchnorm: bool = False
     """Share batch statistics between processes (GPUs only)."""
     bf16_gradients: bool = False

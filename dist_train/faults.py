@@ -195,5 +195,6 @@ class Watch:
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    for dtype in {target.dtype for target in targets}:  # one kernel copies many tensors, if they are of one type
+        rows = [row for row, target in enumerate(targets) if target.dtype == dtype]
+        torch._foreach_copy_([targets[row] for row in rows], [sources[row] for row in rows])

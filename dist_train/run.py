@@ -130,6 +130,8 @@ def run_training(config: Config, *, overwrite: bool = False) -> Path:
         except RuntimeError as error:
             raise watch.explain(error) or error from error
         except OSError as error:
+            if error.filename and not Path(error.filename).absolute().is_relative_to(run_dir.absolute()):
+                raise
             raise TrainingError(
                 f"{run_dir} cannot be written ({error}); mend it and go on with --resume auto"
             ) from error
@@ -253,7 +255,7 @@ def _start_run_dir(run_dir: Path, config: Config, checkpoint: Path | None, overw
     if tracker_kind(config.track) != "wandb":
         return None
     file = run_dir / "wandb" / "run_id"
-    if file.is_file() and re.fullmatch("[0-9a-z]{8}", run_id := file.read_text().strip()):
+    if file.is_file() and re.fullmatch(r"[\w-]{1,64}", run_id := file.read_text().strip()):
         return run_id
     file.parent.mkdir(exist_ok=True)
     run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # the agent of a sweep has chosen one

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,6 +87,8 @@ def train(
     accelerator = accelerator or default_accelerator()
     if accelerator.gradient_accumulation_steps > 1:
         raise InputError("accelerator: made with gradient_accumulation_steps; give gradient_accumulation to train()")
+    if accelerator.distributed_type != DistributedType.FSDP:
+        model.to(accelerator.device)  # prepare() leaves a model that it has met before where it is
     averaged = ModelEmaV3(model, ema, use_warmup=True).to(accelerator.device) if ema else None
     model, optimizer = accelerator.prepare(model, optimizer)
     batches = trainloader if isinstance(trainloader, ImageLoader) else _DataLoaderBatches(trainloader, accelerator)
@@ -122,6 +125,8 @@ def train(
                     outputs.append((loss, logits, labels))
                 profiler.begin("agree")
                 bad = watch.agree()
+                if bad and accelerator.scaler:
+                    _spoil_gradients(model)
                 profiler.begin("optimizer")
                 progress.step += 1
                 logs = progress.step % log_every == 0
@@ -142,7 +147,8 @@ def train(
                     _log_step(meter, norm, progress, tracker, bar)
                 if progress.step == max_steps:
                     break
-                checkpointer.after_step(state)
+                if not bad:  # else it would be newer than the state before the bad steps, which giving up saves
+                    checkpointer.after_step(state)
                 watch.after_step(state, batch)
                 profiler.begin("data")
             profiler.begin("validation")
@@ -213,6 +219,13 @@ def _seed_step(seed: int | None, step: int, rank: int) -> None:
     """Seed dropout and the like for one step, so that no generator's state has to be saved."""
     if seed is not None:
         torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def _spoil_gradients(model: nn.Module) -> None:
+    """Let a scaler skip the step: of a loss that is not finite it may see finite gradients."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.fill_(math.nan)
 
 
 def _gradient_norm(model: nn.Module, clip_grad: float | None, accelerator: Accelerator) -> Tensor:

@@ -101,6 +101,15 @@ def test_a_resumed_training_goes_on_with_its_wandb_run_without_repeating_a_step(
     assert [(row["epoch"], row["step"]) for row in rows if "epoch" in row] == [(1, 11), (1, 12), (2, 16)]
 
 
+def test_a_run_whose_id_was_chosen_is_resumed_without_it_being_named_again(smoke, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_RUN_ID", "exp-7_b")
+        run_dir = smoke("run", "--track.tool", "wandb", "--train.max_steps", "3")
+    smoke("run", "--track.tool", "wandb", "--train.max_steps", "5", "--resume", "auto")
+    records = [record for file in find_runs(run_dir) for record in read_records(file)]
+    assert {record.run.run_id for record in records if record.HasField("run")} == {"exp-7_b"}
+
+
 def test_tensorboard(smoke):
     run_dir = smoke("run", "--track.tool", "tensorboard")
     events = EventAccumulator(str(run_dir / "tensorboard"))

@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_train import evaluate, train
+from dist_train.checkpoint import Checkpointer
 from dist_train.config import Config, DataConfig, InputError, ModelConfig, OptimConfig, TrainConfig
 from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
+from dist_train.faults import Watch
 from dist_train.model import FaceModel
 from dist_train.optim import build_optimizer, build_schedule
 from dist_train.run import build_model
@@ -158,6 +160,8 @@ def test_a_training_that_diverges_gives_up_with_the_state_before_it_saved(smoke,
     first = int(checkpoint.name.removeprefix("step_")) + 1
     assert f"the first of them step {first};" in said
     other = smoke("other", *DIVERGES, "--train.max_bad_steps", "99", "--save.every_steps", "1", "--save.keep", "99")
+    summary = json.loads((other / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["best_epoch"] is summary["best_valid_acc"] is summary["final_valid_loss"] is None
     before = load_file(other / "checkpoints" / checkpoint.name / "model.safetensors")
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
@@ -167,6 +171,46 @@ def test_a_training_that_diverges_gives_up_with_the_state_before_it_saved(smoke,
     assert not (run_dir / "best").exists()
     smoke("run", *DIVERGES, "--resume", "auto", code=1)
     assert f"the first of them step {first};" in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_newer_than_the_state_before_the_bad_steps(smoke, capsys):
+    run_dir = smoke("run", *DIVERGES, "--save.every_steps", "1", "--save.keep", "1", code=1)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert f"the first of them step {int(checkpoint.name[5:]) + 1};" in capsys.readouterr().err
+
+
+def test_a_scaler_skips_a_step_whose_infinite_loss_has_finite_gradients(faces, tmp_path):
+    class Overflowing(Small):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([super().forward(images)[:, :1], torch.full((len(images), 6), -math.inf)], 1)
+
+    model, accelerator = Overflowing(), Accelerator(cpu=True)
+    before = [parameter.clone() for parameter in model.parameters()]
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    watch = Watch(accelerator, Checkpointer(tmp_path, accelerator))
+    loaders = ImageLoader(faces[0], 32), ImageLoader(faces[1], 64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    train(model, *loaders, optimizer, 1, accelerator=accelerator, watch=watch, max_steps=1)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert accelerator.scaler.get_scale() == 4.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_trained_model_that_was_moved_can_be_trained_again():
+    images, labels = map(torch.from_numpy, draw_faces(64))
+    loader, model = DataLoader(TensorDataset(images, labels), 32), Small()
+    for _ in range(2):
+        train(model, loader, loader, torch.optim.SGD(model.parameters(), 0.1), 1)
+        model.cpu()
+
+
+def test_an_error_of_a_file_elsewhere_is_not_laid_to_the_run_folder(smoke, monkeypatch):
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/elsewhere")
+
+    monkeypatch.setattr(FaceModel, "forward", fail)
+    with pytest.raises(PermissionError, match="/elsewhere"):
+        smoke("run")
 
 
 def test_bad_steps_on_both_sides_of_an_epochs_end_leave_the_whole_new_epoch_to_be_resumed(smoke, monkeypatch, capsys):
