@@ -126,6 +126,7 @@ def all_reduce(store: TCPStore, world: World, wait: float) -> Finding:
     )
     try:
         limit = timedelta(seconds=wait)
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else NCCL ends the process after too long a wait
         group = PrefixStore("doctor/group", store)
         dist.init_process_group(backend, store=group, rank=world.rank, world_size=world.size, timeout=limit)
         for number in range(ROUNDS + 1):
