@@ -6,7 +6,7 @@
 Each variant trains ResNet18 from random weights on Training in its own folder under --out and is judged on PublicTest;
 PrivateTest stays untouched. A variant that has finished is not trained again. Epochs are set so that one core of the
 machine they were chosen on takes as long for each, but for those named three times as long; "48 pixels after 32" goes
-on with the weights of "32 pixels", which takes half the time.
+on with the weights of "32 pixels", which takes half the time and must have been trained before.
 """
 
 from __future__ import annotations

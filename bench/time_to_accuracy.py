@@ -76,7 +76,7 @@ def parse_options() -> argparse.Namespace:
 def follow(command: list[str], target: float, budget: float) -> list[tuple[float, float]]:
     """Run a training until an epoch reaches the target or the seconds are over; return (seconds, accuracy) by epoch."""
     started, curve = time.perf_counter(), []
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if found := EPOCH.search(line):
