@@ -76,7 +76,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     links = []
     for _ in range(options.rounds):
         links.append(Link(*launch("link", 2, options)[0]))
-        for count in (1, 2, 4):
+        for count in options.counts:
             crowd = max(1.0, count / len(CORES))  # processes on a core share its time
             link = links[-1]._replace(host=crowd * links[-1].host)
             found = compare(launch("steps", count, options), link)
@@ -143,6 +143,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure runs here beside their predictions")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4], help="processes of the measured runs")
     parser.add_argument("--rates", nargs="*", type=float, default=[1000, 200], help="Mbit/s of the shaped link")
     parser.add_argument("--profile", type=Path, help="a profile that --save wrote")
     parser.add_argument("--save", type=Path, help="file for the profile")

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import SMALL
 
 from dist_train import FaceModel, load_run
 from dist_train.checkpoint import Checkpointer, find_checkpoint, list_checkpoints
@@ -165,8 +165,7 @@ def test_nothing_in_a_checkpoint_is_executed(smoke, capsys):
 def saved(tmp_path_factory) -> Path:
     """A run folder with two checkpoints."""
     run_dir = tmp_path_factory.mktemp("saved") / "run"
-    config = str(ROOT / "configs" / "smoke.yaml")
-    assert main(["train", "--config", config, "--run_dir", str(run_dir), "--track.tool", "none", *OPTIONS]) == 0
+    assert main(["train", *SMALL, "--run_dir", str(run_dir), "--track.tool", "none", *OPTIONS]) == 0
     return run_dir
 
 

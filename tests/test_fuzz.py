@@ -85,7 +85,7 @@ def refusal(function: Callable[..., object], *arguments: object, **options: obje
 def test_mutated_configs(tmp_path):
     file, said = tmp_path / "config.yaml", []
 
-    @THOROUGH
+    @settings(THOROUGH, max_examples=300)
     @given(mutated(CONFIG, WORDS))
     def check(text: str) -> None:
         file.write_text(text, encoding="utf-8", errors="replace")

@@ -50,8 +50,9 @@ def test_it_says_one_line_and_leaves_a_curve(tmp_path, capsys):
     assert read_curve(out) == rows  # and nothing is left to chance
 
 
-def test_its_steps_are_those_of_training(tmp_path):
+def test_its_steps_are_those_of_training(tmp_path, monkeypatch):
     """At the lowest rate the weights hardly move: the first losses are training's, with smoothing, mixup and all."""
+    monkeypatch.setattr("dist_train.lr_find.suggest_rate", lambda *_: 0.1)  # whether so few steps learn is not asked
     settings = [*SMALL[:4], "--train.label_smoothing", "0.1", "--train.mixup", "0.2", "--optim.name", "adamw"]
     assert main([*SMOKE, *settings, "--steps", "20", "--out", str(tmp_path / "out")]) == 0
     still = ["--optim.lr", "1e-12", "--train.epochs", "1", "--train.max_steps", "1", "--track.tool", "none"]

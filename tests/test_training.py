@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ from dist_train.data.imageset import ImageSet
 from dist_train.data.loader import ImageLoader
 from dist_train.data.synthetic import EXPRESSIONS, draw_faces
 from dist_train.faults import Watch
+from dist_train.metrics import Results
 from dist_train.model import FaceModel
 from dist_train.optim import build_optimizer, build_schedule
 from dist_train.run import build_model
-from dist_train.state import Progress
+from dist_train.state import Epoch, Progress
 from dist_train.training import History
 
 
@@ -202,6 +205,46 @@ def test_a_trained_model_that_was_moved_can_be_trained_again():
     for _ in range(2):
         train(model, loader, loader, torch.optim.SGD(model.parameters(), 0.1), 1)
         model.cpu()
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    watch = Watch(accelerator, Checkpointer(tmp_path, accelerator))
+    with watch.signals():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_during_validation_leaves_the_epoch_and_a_step_of_the_next_saved(smoke, monkeypatch):
+    def evaluate_and_signal(*arguments: Any, **options: Any) -> Results:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("dist_train.training.evaluate", evaluate_and_signal)
+    run_dir = smoke("run", "--train.max_steps", "24", "--save.keep", "9", code=75)
+    saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert saved == ["step_00000012", "step_00000013"]
+
+
+@pytest.mark.parametrize("best_on", ["accuracy", "macro_f1", "loss"])
+def test_the_best_epoch_is_that_of_the_figure_asked_for(faces, best_on):
+    progress, figures = Progress(), []
+
+    class Noting:
+        def after_epoch(self, step: int, rows: list[Epoch], valid: Results) -> None:
+            figures.append(-valid.loss if best_on == "loss" else getattr(valid, best_on))
+
+    fit(faces, 6, lr=0.5, best_on=best_on, progress=progress, tracker=Noting(), log_every=10**6)
+    assert progress.best_epoch == 1 + figures.index(max(figures))
+
+
+def test_biases_and_norms_do_not_decay(faces):
+    model = build_model(Config(model=ModelConfig("timm/test_resnet", pretrained=False)), faces[0])
+    groups = build_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for parameter in model.parameters():
+        assert decays[id(parameter)] == (0.1 if parameter.ndim > 1 else 0)
 
 
 def test_an_error_of_a_file_elsewhere_is_not_laid_to_the_run_folder(smoke, monkeypatch):

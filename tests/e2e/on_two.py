@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,13 +20,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from dist_train import FaceModel, evaluate, train
+from dist_train.checkpoint import Checkpointer
 from dist_train.config import DataConfig, InputError, TrackConfig, TrainConfig
 from dist_train.data.images import load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.data.lazy import LazyImages
 from dist_train.data.loader import ImageLoader
+from dist_train.faults import Watch
 from dist_train.outputs import leave_pictures
-from dist_train.processes import build_accelerator
+from dist_train.processes import build_accelerator, local_main_first
 from dist_train.tracking import Tracker
 from dist_train.training import History
 
@@ -102,6 +105,40 @@ def refusal_of_repeated_samples() -> str:
     return ""
 
 
+def one_bad_loss() -> dict[str, Any]:
+    """Train a step in which rank 1's loss is not a number; return what each process then has."""
+    accelerator = build_accelerator(TrainConfig(precision="no"))
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    faces = load_splits(DataConfig(count=95))
+    loaders = ImageLoader(faces[0], 16, **place), ImageLoader(faces[1], 16, **place)
+    model = nn.Sequential(Small(), nn.BatchNorm1d(7))
+    if accelerator.process_index == 1:
+        model.register_forward_hook(lambda module, _, logits: logits * float("nan") if module.training else logits)
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    watch = Watch(accelerator, Checkpointer(Path("nowhere"), accelerator))
+    train(
+        model, *loaders, torch.optim.SGD(model.parameters(), 0.1), 1, accelerator=accelerator, watch=watch, max_steps=1
+    )
+    after = list(model.state_dict().values())
+    return {
+        "skipped": gather_object([all(map(torch.equal, before, after))]),
+        "weights": gather_object([float(sum(tensor.double().sum() for tensor in after))]),
+        "finite": all(bool(tensor.isfinite().all()) for tensor in after),
+    }
+
+
+def turns() -> list[tuple[float, float]]:
+    """Return when each process began and ended what the main process does first."""
+
+    def take_time() -> tuple[float, float]:
+        started = time.monotonic()
+        time.sleep(0.2)
+        return started, time.monotonic()
+
+    accelerator = build_accelerator(TrainConfig(precision="no"))
+    return gather_object([local_main_first(accelerator, take_time)])
+
+
 def validated_then_trained() -> list[float]:
     """Return by how much two losses of sharded weights, which are validated first, differ from the first one."""
     accelerator = build_accelerator(TrainConfig(precision="no"))
@@ -142,6 +179,7 @@ def figures() -> dict[str, Any]:
 
 if __name__ == "__main__":
     found = figures() | {"pictures": pictures(Path(sys.argv[1]).parent), "refusal": refusal_of_repeated_samples()}
+    found |= {"one is bad": one_bad_loss(), "turns": turns()}
     found["sharded"] = validated_then_trained()
     if build_accelerator(TrainConfig(precision="no")).is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(found))

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     run_dir, steps, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     accelerator = default_accelerator()
     torch.manual_seed(0)
-    model = FaceModel("timm/convnext_atto", pretrained=False)
+    model = FaceModel("timm/test_convnext", pretrained=False)
     splits = load_splits(DataConfig(count=420))
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     taken: list[tuple[int, int, list[int]]] = []

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ from dist_train.files import find_fault
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 OFTEN = ("--save.every_steps", "2", "--train.epochs", "8", "--train.max_steps", "96", "--train.ema", "0.9")
-KILLS = 20
+RESTARTS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -61,25 +62,29 @@ def assert_same(run_dir: Path, whole: Path) -> None:
     assert not different
 
 
-def saving(run_dir: Path) -> bool:
-    return any((run_dir / "checkpoints").glob(".step_*"))
+def saving(run_dir: Path, since: float) -> bool:
+    with suppress(FileNotFoundError):  # it has been renamed meanwhile
+        return any(path.stat().st_mtime > since for path in (run_dir / "checkpoints").glob(".step_*"))
+    return False
 
 
-def kill_once(run_dir: Path, seconds: float, while_saving: bool) -> tuple[int, str]:
-    """Kill a training so many seconds after its first step, or at the first save after that; return where it was."""
-    training = Training(run_dir, *OFTEN)
-    training.wait_for("data: ")
+def kill_once(run_dir: Path, seconds: float, while_saving: bool) -> tuple[float, int, str]:
+    """Go on with a training and kill it so many seconds later, or at the first save after that; return where it was."""
+    started, goes_on = time.time(), find_checkpoint(run_dir, "auto")
+    training = Training(run_dir, *OFTEN, "--resume", "auto")
+    training.wait_for("resumed from" if goes_on else "data: ")
     time.sleep(seconds)
-    while while_saving and not saving(run_dir) and training.process.poll() is None:
+    while while_saving and not saving(run_dir, started) and training.process.poll() is None:
         time.sleep(0.0005)
     training.process.send_signal(signal.SIGKILL)
     training.end()
-    state = "saving" if saving(run_dir) else "between saves"
+    state = "saving" if saving(run_dir, started) else "between saves"
     found = find_checkpoint(run_dir, "auto")
-    return int(found.name[5:]) if found else 0, state
+    return seconds, int(found.name[5:]) if found else 0, state
 
 
 def test_killed_at_20_moments_and_resumed_the_weights_are_the_undisturbed_ones(tmp_path):
+    """Two trainings, ten times each."""
     whole = tmp_path / "whole"
     undisturbed = Training(whole, *OFTEN)
     undisturbed.wait_for("data: ")
@@ -87,33 +92,34 @@ def test_killed_at_20_moments_and_resumed_the_weights_are_the_undisturbed_ones(t
     assert undisturbed.end() == 0
     length = time.monotonic() - started
     draw = random.Random(0)
-    moments = [(draw.uniform(0, 0.9 * length), number % 4 == 0) for number in range(KILLS)]
+    moments = [(draw.uniform(0, 0.15 * length), number % 4 < 2) for number in range(20)]
 
-    def try_one(number: int) -> tuple[int, str, bool]:
-        run_dir = tmp_path / f"killed{number}"
-        step, state = kill_once(run_dir, *moments[number])
+    def kill_ten_times(first: int) -> list[tuple[float, int, str]]:
+        run_dir = tmp_path / f"killed{first}"
+        rows = [kill_once(run_dir, *moment) for moment in moments[first::2]]
         assert Training(run_dir, *OFTEN, "--resume", "auto").end() == 0
         assert_same(run_dir, whole)
-        return step, state, True
+        return rows
 
     with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(try_one, range(KILLS)))
-    print("\nkill  after s  newest whole step  while          identical")
-    for number, ((seconds, _), (step, state, same)) in enumerate(zip(moments, rows, strict=True)):
-        print(f"{number:4d}  {seconds:7.2f}  {step:17d}  {state:13s}  {same}")
-    assert sum(state == "saving" for _, state, _ in rows) >= 3
+        first, second = pool.map(kill_ten_times, (0, 1))
+    print("\nkill  after s  newest whole step  while")
+    for number, (seconds, step, state) in enumerate(first + second):
+        print(f"{number:4d}  {seconds:7.2f}  {step:17d}  {state}")
+    assert sum(state == "saving" for _, _, state in first + second) >= 3
+    assert max(step for _, step, _ in first + second) > 24  # else the later steps were never disturbed
 
 
-def test_a_killed_process_of_two_is_restarted_20_times_and_the_weights_are_the_undisturbed_ones(tmp_path):
-    """accelerate launch --max_restarts starts both again, which resume by themselves."""
+def test_a_killed_process_of_two_is_restarted_8_times_and_the_weights_are_the_undisturbed_ones(tmp_path):
+    """accelerate launch --max_restarts starts both again, which resume by themselves; gradients are sent in bf16."""
     # more steps than the attempts can do before the last kill
-    options = (*OFTEN, "--train.epochs", "40", "--train.max_steps", "400")
+    options = (*OFTEN, "--train.epochs", "20", "--train.max_steps", "200", "--train.bf16_gradients", "true")
     whole, run_dir = tmp_path / "whole", tmp_path / "killed"
     assert Training(whole, *options, processes=2).end() == 0
     again = ("--resume", "auto")
-    training = Training(run_dir, *options, *again, processes=2, launch=("--max_restarts", str(KILLS)))
+    training = Training(run_dir, *options, *again, processes=2, launch=("--max_restarts", str(RESTARTS)))
     draw, rows = random.Random(1), []
-    for number in range(KILLS):
+    for number in range(RESTARTS):
         training.wait_for("data: ", number + 1)
         time.sleep(draw.uniform(0.3, 1.2))
         rank = draw.randrange(2)
@@ -130,7 +136,7 @@ def test_a_killed_process_of_two_is_restarted_20_times_and_the_weights_are_the_u
 LONG = ("--train.epochs", "1000", "--train.max_steps", "100000", "--save.every_epochs", "1000")
 
 
-@pytest.mark.parametrize(("name", "processes"), [("SIGTERM", 1), ("SIGTERM", 2), ("SIGINT", 2), ("SIGUSR1", 1)])
+@pytest.mark.parametrize(("name", "processes"), [("SIGTERM", 2), ("SIGINT", 2), ("SIGUSR1", 1)])
 def test_a_signal_to_any_process_ends_all_with_the_state_saved(tmp_path, name, processes):
     run_dir = tmp_path / "run"
     training = Training(run_dir, *LONG, processes=processes)
@@ -148,14 +154,6 @@ def test_a_signal_to_any_process_ends_all_with_the_state_saved(tmp_path, name, p
     goes_on = Training(run_dir, *LONG, "--resume", "auto", "--train.max_steps", str(step + 2), processes=processes)
     assert goes_on.end() == 0
     assert f": step {step}, epoch" in goes_on.output
-
-
-def test_a_second_interrupt_leaves_at_once(tmp_path):
-    training = Training(tmp_path / "run", *LONG)
-    training.wait_for("epoch 1/")
-    training.process.send_signal(signal.SIGINT)
-    training.process.send_signal(signal.SIGINT)
-    assert training.end(10) in (75, 130)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -191,15 +189,14 @@ def test_a_full_disk_fails_saves_but_not_the_training(tmp_path):
     assert load_run(run_dir)
 
 
-def test_places_that_cannot_be_written_are_told_in_one_line(tmp_path, draw_folder):
-    refused = Training(tmp_path / "run", "--run_dir", "/proc/run")
-    assert refused.end() == 2
-    assert "/proc/run" in refused.output.splitlines()[-1] and "Traceback" not in refused.output
+def test_places_that_cannot_be_written_are_told_in_one_line(smoke, draw_folder, tmp_path, capsys):
+    smoke("run", "--run_dir", "/proc/run", code=2)
+    assert "/proc/run" in capsys.readouterr().err.splitlines()[-1]
     cache = ("--data.source", "folder", "--data.path", str(draw_folder()), "--data.cache")
     for folder, said in (("/proc/cache", "cannot keep decoded images"), (str(tmp_path / "cache"), "best")):
-        training = Training(tmp_path / Path(folder).parent.name, *cache, folder)
-        assert training.end() == 0
-        assert said in training.output and "Traceback" not in training.output
+        smoke(Path(folder).parent.name, *cache, folder)
+        said_all = capsys.readouterr().err
+        assert said in said_all and "Traceback" not in said_all
 
 
 def test_a_checkpoint_of_two_processes_goes_on_on_one_and_on_three_within_an_epoch(tmp_path):

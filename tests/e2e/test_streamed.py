@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from training import Training
 
-from dist_train.cli import main
 from dist_train.config import DataConfig
 from dist_train.data.images import load_splits
 from dist_train.files import find_fault
@@ -23,43 +19,28 @@ def newest(run_dir: Path) -> Path:
     return max((run_dir / "checkpoints").glob("step_*"))
 
 
-def test_two_processes_that_stream_end_with_the_weights_of_two_that_hold_all_images(tmp_path, draw_folder):
-    data = ("--data.source", "folder", "--data.path", str(draw_folder()), "--train.mixup", "0.2")
-    weights, reports = [], []
-    for residency in ("stream", "host"):
-        training = Training(tmp_path / residency, *data, "--data.residency", residency, processes=2)
-        assert training.end() == 0, training.output
-        weights.append(load_file(newest(tmp_path / residency) / "model.safetensors"))
-        assert main(["evaluate", str(tmp_path / residency)]) == 0
-        reports.append(json.loads((tmp_path / residency / "report.json").read_text()))
-    assert {**reports[0], "run": "host"} == reports[1]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_file_that_goes_bad_ends_all_with_the_state_saved_and_a_whole_one_lets_them_go_on(
-    tmp_path, draw_folder, processes, split
+    tmp_path, draw_folder, split
 ):
     path, run_dir = draw_folder(), tmp_path / "run"
     data = ("--data.source", "folder", "--data.path", str(path), "--data.residency", "stream")
-    training = Training(run_dir, *data, "--train.epochs", "9999", "--train.max_steps", "99999", processes=processes)
+    training = Training(run_dir, *data, "--train.epochs", "9999", "--train.max_steps", "99999", processes=2)
     training.wait_for("epoch 2/9999:")
     splits = load_splits(DataConfig(path=str(path), residency="stream"))
     file = path / splits[split == "validation"].names[-1]
     whole = file.read_bytes()
     file.write_bytes(b"bad")
-    assert training.end() == (2 if processes == 1 else 1)  # accelerate's own
+    assert training.end() == 1  # accelerate's own
     (line,) = re.findall("dist-train: error: .*", training.output)
     assert str(file) in line and "--resume auto" in line
     ends = set(re.findall(r"exitcode\s*: (-?\d+)", training.output))  # as the launcher saw or made them
-    assert ends == set() if processes == 1 else {"2"} <= ends <= {"2", "-15"}
+    assert {"2"} <= ends <= {"2", "-15"}
     assert find_fault(newest(run_dir)) is None
 
     file.write_bytes(whole)
     step = int(newest(run_dir).name.removeprefix("step_"))
     more = ("--train.epochs", "9999", "--train.max_steps", str(step + 3), "--resume", "auto")
-    training = Training(run_dir, *data, *more, processes=processes)
+    training = Training(run_dir, *data, *more, processes=2)
     assert training.end() == 0, training.output
     assert int(newest(run_dir).name.removeprefix("step_")) == step + 3
