@@ -96,6 +96,7 @@ def build_page(predictor: Predictor, examples: Sequence[Path]) -> Any:
                 with gradio.Row(elem_id="examples"):
                     for file in examples:
                         button = gradio.Button(file.stem, icon=str(file), min_width=60)
+                        button.keep_in_cache.add(str(file))  # the sweep would take it for an upload
                         button.click(partial(str, file), None, upload, api_visibility="private", show_progress="hidden")
             with gradio.Column(scale=3, min_width=300):
                 result = gradio.HTML(_render("demo_result.html"), elem_id="result")

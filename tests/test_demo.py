@@ -23,6 +23,8 @@ from scenes import compose
 from dist_train import FaceModel
 from dist_train.cli import main
 from dist_train.data.synthetic import draw_faces
+from dist_train.demo import build_page, draw_examples
+from dist_train.inference import Predictor
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -62,6 +64,16 @@ def served(run_dir: Path, tmp_path: Path) -> Iterator[str]:
         assert not list((tmp_path / "own").glob("dist_train-demo-*"))  # no picture is kept
     finally:
         process.kill()
+
+
+def test_examples_outlive_the_sweep_of_uploads(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeper = pytest.importorskip("gradio.route_utils", reason="needs gradio (the extra demo)")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    (tmp_path / "gradio").mkdir()
+    examples = draw_examples(tmp_path / "gradio")
+    page = build_page(Predictor(run_dir), examples)
+    sweeper.delete_files_created_by_app(page, 0)
+    assert [file for file in examples if not file.exists()] == []
 
 
 @pytest.fixture
