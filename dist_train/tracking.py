@@ -79,7 +79,9 @@ class Tracker:
         """Log values at an optimizer step, but those that an earlier part of the run has logged."""
         self.step = step
         new = {key: value for key, value in values.items() if step > self._logged.get(key, -1)}
-        if new:
+        if new and self.kind == "tensorboard":
+            self._soon(lambda tracker: tracker.log(new, step=step))
+        elif new:
             self._soon(lambda tracker: tracker.log({**new, "step": step}))
 
     def after_epoch(self, step: int, epochs: Sequence[Epoch], valid: Results) -> None:

@@ -115,6 +115,8 @@ def test_tensorboard(smoke):
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= KEYS - {"step"}
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(2, 13, 2))
+    assert [event.step for event in events.Scalars("valid/loss")] == [12]
     assert "curves" in events.Tags()["images"]
 
 
