@@ -7,6 +7,7 @@ hosts, so that no process waits for another that has left and no device waits fo
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -155,7 +156,8 @@ class Watch:
         indices = [(step + i, n) for i, batch in enumerate(self._spoiled) for n in batch.samples.tolist()]
         found = sorted(gather_object([(at, self.names[n] if self.names else str(n)) for at, n in indices]))
         if self.accelerator.is_main_process:
-            write_file(file, lambda path: path.write_text("".join(f"step {at}: {name}\n" for at, name in found)))
+            text = "".join(f"step {at}: {name}\n" for at, name in found)
+            write_file(file, lambda path: path.write_bytes(os.fsencode(text)))
         raise TrainingError(
             f"the loss was not finite in {len(self._spoiled)} steps in a row, the first of them step {step}; the state "
             f"before it is saved, its samples are listed in {file}. If they are at fault, mend them and go on with "

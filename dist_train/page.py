@@ -32,7 +32,8 @@ def write_page(file: Path, template: str, **values: Any) -> None:
     environment.lstrip_blocks = True
     environment.filters["percent"] = _percent
     text = environment.get_template(template).render(values)
-    write_file(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    content = text.encode("utf-8", "backslashreplace")  # a file's name may be any bytes
+    write_file(file, lambda aside: aside.write_bytes(content))
 
 
 def _percent(share: float | None, digits: int = 1) -> str:

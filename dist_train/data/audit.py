@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dist_train.config import InputError
-from dist_train.data.decode import UNREADABLE, read_image
+from dist_train.data.decode import read_image
 from dist_train.data.folders import list_files, split_folders
 from dist_train.data.imageset import digest
 
@@ -140,7 +140,7 @@ def _look(file: File, hashing: bool) -> File:
     try:
         image = read_image(file.path)
         pixels = np.asarray(image)
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file can make a decoder fail in any way
         return file._replace(fault=str(error) or type(error).__name__)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         pixels = np.ascontiguousarray(pixels[..., 0])

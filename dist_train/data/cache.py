@@ -25,7 +25,7 @@ from dist_train.files import write_file
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 
 def stamp(file: Path) -> tuple[str, str]:

@@ -76,13 +76,16 @@ def _fits(count: int, channels: int, config: DataConfig) -> bool:
 
 
 def _decode(found: dict[str, Encoded], classes: tuple[str, ...], config: DataConfig) -> Splits:
-    splits, bad = {}, {}
+    decoded, bad = {}, {}
     for name, split in found.items():
         arrays, good, bad[name] = _attempt(split, lambda file: decode_image(file, config.image_size), config)
-        images = stack(arrays, config.image_size)
-        splits[name] = _image_set(split, images, good, classes)
+        decoded[name] = arrays, good
     _tell_bad(found, bad, config)
-    return splits
+    gray = all(array.ndim == 2 for arrays, _ in decoded.values() for array in arrays)
+    return {
+        name: _image_set(found[name], stack(arrays, config.image_size, 1 if gray else 3), good, classes)
+        for name, (arrays, good) in decoded.items()
+    }
 
 
 def _look(found: dict[str, Encoded], config: DataConfig) -> dict[str, Any]:

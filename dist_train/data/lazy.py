@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.config import InputError
-from dist_train.data.decode import UNREADABLE, decode_image, stack
+from dist_train.data.decode import decode_image, stack
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LazyImages:
             array = decode_image(self.open(file), self.size)
             if array.ndim == 3 and self.channels == 1:
                 raise ValueError("it has become colour, and all were gray")
-        except UNREADABLE as error:
+        except Exception as error:  # a damaged file can make a decoder fail in any way
             raise InputError(
                 f"data: {self.names[file]} cannot be read ({error}). Put a whole file in its place and go on with "
                 "--resume auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from runs import links, make_run
 
 from dist_train.cli import main
 from dist_train.config import DataConfig
 from dist_train.data.audit import audit_folder
+from dist_train.data.images import load_splits
 from dist_train.data.synthetic import draw_faces
 
 REAL = os.environ.get("DIST_TRAIN_REAL_DATA")
@@ -107,6 +109,29 @@ def test_other_folders_are_refused(tmp_path, name, said, capsys):
     assert main(["audit", str(tmp_path / name)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and name in line
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_decoder_may_fail_in_any_way(tmp_path, draw_folder):
+    """Some of these damages are a RuntimeError to Pillow, which its documentation does not name."""
+    path, buffer = draw_folder(train=14, validation=7), io.BytesIO()
+    Image.fromarray(draw_faces(1)[0][0, 0]).save(buffer, "avif")
+    for at in range(0, len(buffer.getvalue()), 3):
+        content = bytearray(buffer.getvalue())
+        content[at] ^= 255
+        (path / "train" / "happy" / f"{at}.avif").write_bytes(content)
+    faults = [file for file in audit_folder(path).files if file.fault]
+    assert faults
+    train, _ = load_splits(DataConfig(path=str(path), skip_bad=True, cache=str(tmp_path / "cache")))
+    assert len(train) == 14 + len(list((path / "train" / "happy").glob("*.avif"))) - len(faults)
+
+
+def test_a_name_that_is_no_utf8_is_shown(tmp_path, draw_folder):
+    path = draw_folder()
+    picture = next((path / "train" / "happy").iterdir())
+    shutil.copy(picture, path / "train" / "sad" / os.fsdecode(b"caf\xe9.png"))
+    assert main(["audit", str(path), "--html", str(tmp_path / "audit.html")]) == 0
+    assert r"caf\udce9.png" in (tmp_path / "audit.html").read_text()
 
 
 @pytest.mark.parametrize("option", ["--json", "--html"])

@@ -96,6 +96,16 @@ def test_leaked_images_are_found_and_a_validation_split_held_out_as_in_memory(dr
     assert ours.names == theirs.names and np.array_equal(ours.images[:], theirs.images)
 
 
+@pytest.mark.parametrize("residency", ["stream", "host"])
+def test_one_colour_file_makes_all_splits_colour_so_that_leaks_are_still_found(draw_folder, residency):
+    path = draw_folder()
+    for split in ("train", "validation"):
+        Image.new("L", (48, 48), 9).save(path / split / "sad" / "same.png")
+    Image.new("RGB", (48, 48), "red").save(path / "validation" / "sad" / "red.png")
+    train, validation = load(path, residency)
+    assert train.images.shape == (71, 3, 48, 48) and find_leaked(train, validation).sum() == 1
+
+
 def preparing() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
