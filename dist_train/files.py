@@ -59,7 +59,7 @@ def refuse_links(run_dir: Path) -> None:
 
 def seal_folder(folder: Path, target: Path) -> None:
     """Add the checksums of `folder`'s files to it, check them, then put it in the place of `target`."""
-    lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(lines))
     for path in (*folder.iterdir(), folder):
         _sync(path)
@@ -91,13 +91,14 @@ def find_fault(folder: Path) -> str | None:
         files = {file.name for file in folder.iterdir()} - {SUMS}
         if missing := sorted(sums.keys() ^ files):
             return f"{missing[0]} is {'not listed in ' + SUMS if missing[0] in files else 'missing'}"
-        damaged = [name for name, digest in sums.items() if _digest(folder / name) != digest]
+        damaged = [name for name, digest in sums.items() if sha256(folder / name) != digest]
         return f"{damaged[0]} is damaged" if damaged else None
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
 
 
-def _digest(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

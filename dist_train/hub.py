@@ -19,7 +19,8 @@ import yaml
 from jinja2 import Template
 
 from dist_train.config import InputError
-from dist_train.model import FaceModel
+from dist_train.files import sha256
+from dist_train.model import FaceModel, weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def push_folder(folder: Path, repository: str) -> None:
 
 
 def _timm_agrees(model: FaceModel, folder: Path) -> bool:
-    """Say whether timm builds the very same function from the folder."""
+    """Say whether timm builds the very same function, but for the temperature, from the folder."""
     images = torch.rand(2, 1, *[model.image_size or 48] * 2).expand(-1, model.in_channels, -1, -1)
     images = (images - model.mean) / model.std
     try:
@@ -86,6 +87,8 @@ def _timm_agrees(model: FaceModel, folder: Path) -> bool:
 def model_card(model: FaceModel, run_dir: Path, timm_reads: bool) -> str:
     """Return the text of README.md: results, use, limits, training data, licence, as far as the run folder tells."""
     summary, report = (_read_json(run_dir / name) for name in ("summary.json", "report.json"))
+    if report.get("weights") != sha256(weights_file(run_dir)):
+        report = {}  # of a model before this one
     config_file = run_dir / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
     return Template(
@@ -100,23 +103,26 @@ def model_card(model: FaceModel, run_dir: Path, timm_reads: bool) -> str:
         version=version("dist_train"),
         timm_reads=timm_reads,
         judged=bool(report),
-        results=list(_results(summary, report)),
+        temperature=model.temperature,
+        results=list(_results(summary, report, model.temperature)),
         per_class=report.get("classes", []),
         built_in=bool(config) and config["data"]["path"] is None,
         pretrained=not config or config["model"]["pretrained"] or config["model"]["weights"],
     )
 
 
-def _results(summary: dict[str, Any], report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _results(summary: dict[str, Any], report: dict[str, Any], temperature: float) -> Iterator[tuple[str, str]]:
     """Yield the names and values of the card's table."""
     if report:
         low, high = (f"{100 * edge:.1f}" for edge in report["accuracy_interval"])
-        yield f"accuracy on {report['images']:,} validation images", f"{report['accuracy']:.1%} (95 %: {low} to {high})"
+        of = f"{report['images']:,} {report['split']} images" + (", ten views of each" if report["tta"] else "")
+        yield f"accuracy on {of}", f"{report['accuracy']:.1%} (95 %: {low} to {high})"
         if report["clean_accuracy"] is not None:
             yield f"accuracy on the {report['clean_images']:,} that are not in train", f"{report['clean_accuracy']:.1%}"
         yield "macro-F1", f"{report['macro_f1']:.3f}"
         yield "top-2 accuracy", f"{report['top2_accuracy']:.1%}"
-        yield "calibration error (ECE)", f"{report['ece']:.3f}"
+        if report["model_temperature"] == temperature:  # else it was calibrated afterwards
+            yield "calibration error (ECE)", f"{report['ece']:.3f}"
     elif summary:
         yield "validation accuracy", f"{summary['best_valid_acc']:.1%}"
     if summary:

@@ -132,13 +132,18 @@ class FaceModel(nn.Module):
         write_file(folder / "config.json", lambda file: file.write_text(json.dumps(settings, indent=2) + "\n"))
 
 
+def weights_file(run_dir: str | os.PathLike[str]) -> Path:
+    """Return where the best model's weights are in a run folder, or in its best/ folder itself."""
+    folder = Path(run_dir)
+    return (folder / "best" if (folder / "best").is_dir() else folder) / "model.safetensors"
+
+
 def load_run(run_dir: str | os.PathLike[str]) -> FaceModel:
     """Return the best model of a run folder (or of its best/ folder itself), in eval mode, on the CPU.
 
     Raises InputError if the folder holds no complete model.
     """
-    folder = Path(run_dir)
-    folder = folder / "best" if (folder / "best").is_dir() else folder
+    folder = weights_file(run_dir).parent
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} does not exist; {run_dir} is not the folder of a finished epoch")

@@ -21,8 +21,8 @@ from dist_train.data.images import find_leaked, load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.evaluation import judge
 from dist_train.figures import check_history, draw_accuracy, draw_loss, new_figure, plot_reliability
-from dist_train.files import refuse_links, write_file
-from dist_train.model import FaceModel, load_run
+from dist_train.files import refuse_links, sha256, write_file
+from dist_train.model import FaceModel, load_run, weights_file
 from dist_train.page import embed_figure, embed_picture, write_page
 from dist_train.processes import build_accelerator, local_main_first, on_main
 from dist_train.saliency import explain, overlay
@@ -57,6 +57,7 @@ def evaluate_run(
     figures = describe(shares, validation.labels, leaked, model.classes)
     report = {
         "run": run_dir.resolve().name,
+        "weights": on_main(accelerator, sha256, weights_file(run_dir)),
         "split": split,
         "tta": tta,
         "model_temperature": model.temperature,

@@ -16,6 +16,7 @@ from dist_train import FaceModel, load_run
 from dist_train.cli import main
 from dist_train.data.synthetic import draw_faces
 from dist_train.export import with_channels
+from dist_train.files import sha256
 
 
 def make_run(folder: Path, gray: bool = True, **options: object) -> Path:
@@ -113,7 +114,8 @@ def test_model_card_says_what_matters(tmp_path: Path) -> None:
     figures = {
         "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "images": 1000, "clean_accuracy": 0.45, "clean_images": 900,
         "macro_f1": 0.4, "top2_accuracy": 0.8, "ece": 0.1,
-        "classes": [{"name": "happy", "precision": 0.1, "recall": 0.2, "f1": 0.3, "support": 40}],
+        "classes": [{"name": "hap|py", "precision": 0.1, "recall": 0.2, "f1": 0.3, "support": 40}],
+        "split": "test", "tta": True, "model_temperature": 1.0, "weights": sha256(run_dir / "best/model.safetensors"),
     }  # fmt: skip
     (run_dir / "report.json").write_text(json.dumps(figures))
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -121,9 +123,24 @@ def test_model_card_says_what_matters(tmp_path: Path) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
     run_dir.rename(tmp_path / "judged")
     card = (export(tmp_path / "judged", "hub") / "README.md").read_text()
-    assert "accuracy on 1,000 validation images | 50.0% (95 %: 40.0 to 60.0)" in card and "| 45.0% |" in card
-    assert "| happy | 0.100 | 0.200 | 0.300 | 40 |" in card
+    assert (
+        "accuracy on 1,000 test images, ten views of each | 50.0% (95 %: 40.0 to 60.0)" in card and "| 45.0% |" in card
+    )
+    assert r"| hap\|py | 0.100 | 0.200 | 0.300 | 40 |" in card and "\n\n| class |" in card and "ECE" in card
     assert "license: other" in card and "secret" not in card and "61.0%" not in card
+
+
+def test_a_report_of_an_earlier_model_is_not_in_the_card(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / "report.json").write_text(json.dumps({"accuracy": 0.5, "weights": "of another"}))
+    card = (export(run_dir, "hub") / "README.md").read_text()
+    assert "50.0%" not in card and "| validation accuracy | 61.0% |" in card
+    assert "\n\nThe validation accuracy is" in card  # no row of the table
+
+
+def test_the_card_tells_timms_users_of_the_temperature(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", temperature=2.5)
+    assert "divide timm's logits by 2.500" in (export(run_dir, "hub") / "README.md").read_text()
 
 
 def test_safetensors_come_back(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, hostile, capsys):
         ("evaluate", str(run_dir), "--data.path", str(tmp_path / "nowhere")): "does not exist",
         ("evaluate", str(run_dir), "--split", "test"): "has no test split",
         ("evaluate", str(run_dir), "--split", "test", "--calibrate"): "--calibrate",
+        ("evaluate", str(run_dir), "--tta", "--calibrate"): "without --tta",
         ("evaluate",): "run",
     }
     for arguments, said in cases.items():
