@@ -73,9 +73,11 @@ def _attribute(model: nn.Module, layers: list[_Layer], inputs: Tensor, targets: 
     """Return for each layer how much each of its outputs speaks for the targets."""
     from captum.attr import LayerGradientXActivation  # it imports much, and only this function needs it
 
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        # clones: these may be the caller's own, or of inference mode, in which there are no gradients
+        inputs, targets = inputs.detach().clone().requires_grad_(), targets.clone()
         attribution = LayerGradientXActivation(model, [layer.module for layer in layers])
-        return [shares.detach() for shares in attribution.attribute(inputs.requires_grad_(), target=targets)]
+        return [shares.detach() for shares in attribution.attribute(inputs, target=targets)]
 
 
 def _find_layers(model: nn.Module, image: Tensor) -> list[_Layer]:

@@ -32,6 +32,15 @@ def test_a_map_points_at_what_the_class_rests_on():
     assert model.training and model.look.weight.grad is None
 
 
+def test_the_callers_images_stay_as_they_are():
+    model = Corner()
+    with torch.inference_mode():
+        explain(model, torch.rand(2, 1, 24, 24), torch.tensor([0, 1]))
+    images = torch.rand(2, 1, 24, 24)
+    explain(model, images, torch.tensor([0, 1]))
+    assert not images.requires_grad
+
+
 @pytest.mark.parametrize(
     ("backbone", "size"),
     [
