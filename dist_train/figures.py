@@ -50,9 +50,13 @@ def as_array(values: Any) -> np.ndarray:
 
 
 def shortened(name: str, most: int) -> str:
-    """The name in at most so many characters; both ends stay, as long names often differ at the end."""
+    """The name in at most so many characters; both ends stay, as long names often differ at the end.
+
+    A dollar sign is escaped, which would begin a formula in a figure.
+    """
     tail = (most - 1) // 2
-    return name if len(name) <= most else f"{name[: most - 1 - tail]}…{name[-tail:]}"
+    short = name if len(name) <= most else f"{name[: most - 1 - tail]}…{name[-tail:]}"
+    return short.replace("$", r"\$")
 
 
 def plot_history(history: Sequence[Sequence[float]]) -> Figure:

@@ -43,7 +43,7 @@ def predict(
     out: a .csv, .jsonl or .parquet file, written whole or not at all; None: CSV on standard output. faces: judge each
     face that is found, not each picture. pictures: folder for annotated pictures. smoothing: share that the past has in
     a face's probabilities over a video, 0 to below 1. every: judge every n-th frame of a video. Returns the files that
-    cannot be read. Raises InputError if there is nothing to judge, and for an `out` that cannot be written.
+    cannot be read. Raises InputError if there is nothing to judge, and for `out` or `pictures` that cannot be written.
     """
     if not 0 <= smoothing < 1:
         raise InputError(f"--smoothing: {smoothing} is not allowed; expected a number from 0 up to, not including, 1")
@@ -52,6 +52,11 @@ def predict(
     files = list_files(inputs)
     if not files:
         raise InputError(f"{' '.join(inputs)}: no pictures or videos there")
+    if pictures:
+        try:
+            pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--pictures: {pictures} cannot be written: {error.strerror}") from error
     predictor = Predictor(run_dir, faces=faces)
     faults: list[Fault] = []
     smoothers: dict[Path, Smoother] = {}
@@ -121,7 +126,6 @@ def _row(shot: Shot, face: Face, classes: Sequence[str]) -> dict[str, Any]:
 
 def _save(picture: Image.Image, folder: Path, shot: Shot, number: int) -> None:
     """Write an annotated picture under a name that cannot leave the folder or meet another's."""
-    folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]", "_", shot.file.stem, flags=re.ASCII)[:60]
     frame = "" if shot.frame is None else f"-{shot.frame:06d}"
     picture.save(folder / f"{number:06d}-{stem}{frame}.jpg", quality=90)

@@ -23,7 +23,7 @@ def open_table(out: Path | None, columns: Mapping[str, type]) -> Iterator[Write]
     """Give a function that appends rows to `out` (None: CSV on standard output).
 
     columns: names and types (str, int or float; any value may be None). Raises InputError for an ending other than
-    ENDINGS, a folder that does not exist, and parquet without pyarrow.
+    ENDINGS, a folder that does not exist or cannot be written, and parquet without pyarrow.
     """
     if out is None:
         yield _csv_writer(sys.stdout, columns)
@@ -33,6 +33,10 @@ def open_table(out: Path | None, columns: Mapping[str, type]) -> Iterator[Write]
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"--out: {out} cannot be written: {'a folder' if out.is_dir() else 'no such folder'}")
     aside = out.with_name(f".{out.name}")
+    try:
+        aside.touch()
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be written: {error.strerror}") from error
     try:
         if out.suffix == ".parquet":
             with _parquet_writer(aside, columns) as write:

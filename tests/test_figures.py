@@ -232,6 +232,12 @@ def test_confusion_refuses_other_matrices(matrix):
         plot_confusion(matrix, ["a", "b", "c"])
 
 
+def test_names_are_no_formulas():
+    figure = plot_confusion(np.eye(3, dtype=int), ("$a_{$", r"$\frac$", "cost $5"))
+    figure.savefig(io.BytesIO(), format="png")  # which reads formulas, and fails for wrong ones
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [r"\$a_{\$", r"\$\frac\$", r"cost \$5"]
+
+
 def test_figures_show_themselves_in_notebooks_and_never_load_pyplot():
     code = (
         "import sys; from dist_train.figures import plot_history; "

@@ -188,6 +188,8 @@ def test_smoother_tells_faces_apart() -> None:
         "empty folder": (["RUN", "empty"], ["empty", "no pictures"]),
         "ending": (["RUN", "empty/..", "--out", "x.xls"], ["--out", "x.xls", ".csv"]),
         "out in no folder": (["RUN", "empty/..", "--out", "no/x.csv"], ["--out", "no/x.csv", "no such folder"]),
+        "out not to be written": (["RUN", "x.png", "--out", "/proc/x.csv"], ["--out", "/proc/x.csv", "cannot be"]),
+        "pictures is a file": (["RUN", "x.png", "--pictures", "x.png"], ["--pictures", "x.png", "cannot be written"]),
         "smoothing": (["RUN", "empty/..", "--smoothing", "1"], ["--smoothing", "1.0"]),
         "every": (["RUN", "empty/..", "--every", "0"], ["--every", "0", ">= 1"]),
     }.values(),
