@@ -137,8 +137,8 @@ def _examine_together(store: TCPStore, world: World, facts: Facts, wait: float) 
         store.set(f"{me}/seen", json.dumps([other for other in plan if not Path(other).exists()]))
         speed = all_reduce(store, world, wait)
         if world.rank == 0:
-            unseen = gather(store, world.size, "doctor/{}/seen", wait)
-            findings += [_judge_folder(came, [any(files) for files in unseen]), speed]
+            unseen = [read(store, f"doctor/{other['rank']}/seen", wait) for other in came]
+            findings += [_judge_folder(came, [files != [] for files in unseen]), speed]
     if world.rank == 0:
         store.set("doctor/bad", json.dumps(_any_bad(findings)))
         with suppress(dist.DistError):  # the store ends with this process: let the others read first

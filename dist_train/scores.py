@@ -115,7 +115,7 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
         mean = (shares * logits).sum(1)
         slope = (mean - logits[rows, labels]).mean()
         curve = ((shares * logits**2).sum(1) - mean**2).mean()
-        step = np.clip(slope / max(curve, 1e-12), -inverse / 2, inverse)  # at most a factor of 2
+        step = np.clip(slope / max(curve, 1e-12), -inverse, inverse / 2)  # at most a factor of 2
         inverse = float(np.clip(inverse - step, 0.05, 20))
         if abs(step) < 1e-9:
             break
