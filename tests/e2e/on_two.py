@@ -29,6 +29,7 @@ from dist_train.data.loader import ImageLoader
 from dist_train.faults import Watch
 from dist_train.outputs import leave_pictures
 from dist_train.processes import build_accelerator, local_main_first
+from dist_train.state import Progress, TrainState
 from dist_train.tracking import Tracker
 from dist_train.training import History
 
@@ -38,9 +39,9 @@ SAMPLES = 101
 class Small(nn.Module):
     """A classifier without batch statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.layers = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(144, 32), nn.ReLU(), nn.Linear(32, 7))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -167,6 +168,28 @@ def pictures(folder: Path) -> list[str]:
     return sorted(file.name for file in run_dir.glob("*.png"))
 
 
+def sharded_and_restored(folder: Path) -> list[bool]:
+    """Return whether weights and momentum of a sharded training come back from its checkpoint."""
+    accelerator = build_accelerator(TrainConfig(precision="no"))
+    states = []
+    for seed, resume_from in ((0, None), (1, folder / "checkpoints" / "step_00000001")):
+        model = Small(seed)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        state = TrainState(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), Progress())
+        checkpointer = Checkpointer(folder, accelerator, resume_from=resume_from)
+        if resume_from is None:
+            F.cross_entropy(model(torch.rand(2, 1, 48, 48)), torch.tensor([1, 1])).backward()
+            state.optimizer.step()
+            state.progress.step = 1
+            checkpointer.save(state)
+            checkpointer.flush()
+            accelerator.wait_for_everyone()
+        checkpointer.restore(state)
+        momenta = (state.optimizer.state[parameter]["momentum_buffer"] for parameter in model.parameters())
+        states.append([tensor.full_tensor() for tensor in (*model.parameters(), *momenta)])
+    return [torch.equal(*pair) for pair in zip(*states, strict=True)]
+
+
 def figures() -> dict[str, Any]:
     return {
         "fp32": small_training(),
@@ -180,6 +203,9 @@ def figures() -> dict[str, Any]:
 if __name__ == "__main__":
     found = figures() | {"pictures": pictures(Path(sys.argv[1]).parent), "refusal": refusal_of_repeated_samples()}
     found |= {"one is bad": one_bad_loss(), "turns": turns()}
-    found["sharded"] = validated_then_trained()
+    found |= {
+        "restored": sharded_and_restored(Path(sys.argv[1]).parent / "sharded"),
+        "sharded": validated_then_trained(),
+    }
     if build_accelerator(TrainConfig(precision="no")).is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(found))

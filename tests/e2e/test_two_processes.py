@@ -49,6 +49,10 @@ def test_sharded_weights_that_are_validated_first_can_be_trained_after_it(found)
     assert found["sharded"] == [0.0, 0.0]
 
 
+def test_sharded_weights_and_momentum_come_back_from_a_checkpoint(found):
+    assert found["restored"] == [True] * 8
+
+
 def test_a_shuffled_validation_loader_counts_each_sample_once(found):
     assert found["counted"] == [1] * SAMPLES
 
