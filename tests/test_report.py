@@ -130,7 +130,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, hostile, capsys):
 
 @pytest.mark.slow
 def test_three_processes_report_what_one_does(launch, tmp_path):
-    run_dir = make_run(tmp_path / "run", DataConfig(count=2000))
+    run_dir = make_run(tmp_path / "run", DataConfig(count=2010))
     launch("cpu", "-m", "dist_train", "evaluate", str(run_dir))
     alone = json.loads((run_dir / "report.json").read_text())
     assert alone["images"] % 3
