@@ -128,7 +128,7 @@ def _examine_together(store: TCPStore, world: World, facts: Facts, wait: float) 
     store.set(me, json.dumps(facts))
     findings: list[Finding] = []
     if world.rank == 0:
-        came = gather(store, world.size, "doctor/{}", wait)
+        came = [other for other in gather(store, world.size, "doctor/{}", wait) if other is not None]
         findings = [*_judge_processes(came, world.size), *judge(came)]
         together = len(came) == world.size and not any(f.verdict == "bad" and f.check == "GPUs" for f in findings)
         store.set("doctor/plan", json.dumps([other["token"] for other in came] if together else None))
@@ -137,7 +137,7 @@ def _examine_together(store: TCPStore, world: World, facts: Facts, wait: float) 
         store.set(f"{me}/seen", json.dumps([other for other in plan if not Path(other).exists()]))
         speed = all_reduce(store, world, wait)
         if world.rank == 0:
-            unseen = [read(store, f"doctor/{other['rank']}/seen", wait) for other in came]
+            unseen = gather(store, world.size, "doctor/{}/seen", wait)  # None of a process that has left: not seen
             findings += [_judge_folder(came, [files != [] for files in unseen]), speed]
     if world.rank == 0:
         store.set("doctor/bad", json.dumps(_any_bad(findings)))

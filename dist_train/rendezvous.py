@@ -102,10 +102,9 @@ def _knock(world: World, place: str, wait: float) -> Finding | None:
 
 
 def gather(store: TCPStore, size: int, key: str, wait: float) -> list[Any]:
-    """Return what the processes wrote under `key`, without those that did not come in time."""
+    """Return what each process wrote under `key`, None for those that did not come in time."""
     end = time.monotonic() + wait
-    found = (read(store, key.format(rank), max(0.1, end - time.monotonic())) for rank in range(size))
-    return [value for value in found if value is not None]
+    return [read(store, key.format(rank), max(0.1, end - time.monotonic())) for rank in range(size)]
 
 
 def read(store: TCPStore, key: str, wait: float) -> Any:

@@ -7,12 +7,15 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import may_unshare
+from torch.distributed import TCPStore
 
 from dist_train.doctor import judge
+from dist_train.rendezvous import gather
 
 needs_root = pytest.mark.skipif(not may_unshare(), reason="needs root: unshare --mount, unshare --net")
 
@@ -50,6 +53,14 @@ def finish(process: subprocess.Popen[str], code: int) -> dict[str, tuple[str, st
             verdict, text = findings[check]
             findings[check] = (verdict, f"{text} {line.strip()}")
     return findings
+
+
+def test_who_does_not_answer_in_time_is_waited_for_once():
+    store = TCPStore("127.0.0.1", free_port(), is_master=True)
+    store.set("seen/1", "[]")
+    started = time.monotonic()
+    assert gather(store, 4, "seen/{}", 1.0) == [None, [], None, None]
+    assert time.monotonic() - started < 2
 
 
 def test_a_machine_alone_is_well_but_for_the_missing_wandb_key(tmp_path):
