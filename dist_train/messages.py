@@ -25,8 +25,7 @@ def with_quickstart(arguments: list[str]) -> list[str]:
     names = {argument.split("=")[0] for argument in arguments}
     if names & {"--config", "--data.path", "--data.source"}:
         return arguments
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    run_dir = next((b for a, b in pairwise(words) if a == "--run_dir"), "")
+    run_dir = next(_values(arguments, "--run_dir"), "")
     resumed = Path(run_dir) / "config.yaml"
     if "--resume" in names and run_dir and resumed.is_file():
         return [arguments[0], "--config", str(resumed), *arguments[1:]]
@@ -35,8 +34,7 @@ def with_quickstart(arguments: list[str]) -> list[str]:
 
 def check_config_file(arguments: list[str], keys: list[str]) -> None:
     """Refuse config files that are not mappings of known keys; the values are the parser's business."""
-    pairs = [*zip(arguments, [*arguments[1:], ""], strict=True), *(a.partition("=")[::2] for a in arguments)]
-    for file in [Path(value) for name, value in pairs if name == "--config" and value]:
+    for file in map(Path, filter(None, _values(arguments, "--config"))):
         try:
             settings = yaml.safe_load(file.read_text())
         except OSError as error:
@@ -46,6 +44,12 @@ def check_config_file(arguments: list[str], keys: list[str]) -> None:
         for key in _walk(settings if settings is not None else {}, file, keys):
             if key not in keys:
                 raise InputError(f"{file}: {_unknown(key, keys)}")
+
+
+def _values(arguments: list[str], option: str) -> Iterator[str]:
+    """Yield what is given for an option, as `--option value` or as `--option=value`."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return (value for name, value in pairwise(words) if name == option)
 
 
 def _walk(settings: Any, file: Path, keys: list[str], prefix: str = "") -> Iterator[str]:

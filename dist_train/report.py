@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train.config import Config, DataConfig, TrainConfig
+from dist_train.config import Config, DataConfig, InputError, TrainConfig
 from dist_train.data.images import find_leaked, load_splits
 from dist_train.data.imageset import ImageSet
 from dist_train.evaluation import judge
@@ -42,9 +42,13 @@ def evaluate_run(
 
     config: the run's, whose data and precision are used. split: "test" judges the test split in their place. tta:
     average over shifted and mirrored views. calibrate: store the fitted temperature with the model, which divides its
-    logits from then on. Called on every process, with the same figures for any number of them. Raises InputError for
-    a folder that is no run and for data that cannot be read or has other classes than the model.
+    logits from then on; not with "test" or tta. Called on every process, with the same figures for any number of them.
+    Raises InputError for a folder that is no run and for data that cannot be read or has other classes than the model.
     """
+    if calibrate and split == "test":
+        raise InputError("--calibrate: fits the model to the images it judges; use it with --split validation")
+    if calibrate and tta:
+        raise InputError("--calibrate: fits the model's answers to single images; use it without --tta")
     refuse_links(run_dir)
     precision = config.train.precision if config.train.precision != "fp16" else "auto"  # there may be no GPU here
     accelerator = build_accelerator(TrainConfig(precision=precision))
