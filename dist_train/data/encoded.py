@@ -81,11 +81,12 @@ def _decode(found: dict[str, Encoded], classes: tuple[str, ...], config: DataCon
         arrays, good, bad[name] = _attempt(split, lambda file: decode_image(file, config.image_size), config)
         decoded[name] = arrays, good
     _tell_bad(found, bad, config)
-    gray = all(array.ndim == 2 for arrays, _ in decoded.values() for array in arrays)
-    return {
-        name: _image_set(found[name], stack(arrays, config.image_size, 1 if gray else 3), good, classes)
-        for name, (arrays, good) in decoded.items()
-    }
+    channels = 1 if all(array.ndim == 2 for arrays, _ in decoded.values() for array in arrays) else 3
+    splits = {}
+    for name, split in found.items():
+        arrays, good = decoded.pop(name)  # so that a split is in memory twice only while it is stacked
+        splits[name] = _image_set(split, stack(arrays, config.image_size, channels), good, classes)
+    return splits
 
 
 def _look(found: dict[str, Encoded], config: DataConfig) -> dict[str, Any]:

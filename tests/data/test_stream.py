@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from dist_train.cli import main
 from dist_train.config import AugmentConfig, DataConfig, InputError
 from dist_train.data import encoded
 from dist_train.data.ahead import ahead
@@ -57,6 +60,19 @@ def test_streamed_batches_are_those_of_images_in_memory_to_the_last_bit(mixed, w
         assert ours.images.shape == theirs.images.shape and ours.images.shape[1] == 3
         assert ours.names == theirs.names and ours.fingerprint() == theirs.fingerprint()
         assert equal(batches(ours, world_size, **options), batches(theirs, world_size, **options))
+
+
+def test_a_training_that_streams_ends_with_the_weights_and_the_report_of_one_that_holds_all_images(smoke, draw_folder):
+    data = ("--data.source", "folder", "--data.path", str(draw_folder()), "--train.mixup", "0.2")
+    weights, reports = [], []
+    for residency in ("stream", "host"):
+        run_dir = smoke(residency, *data, "--data.residency", residency)
+        weights.append(load_file(max((run_dir / "checkpoints").iterdir()) / "model.safetensors"))
+        assert main(["evaluate", str(run_dir)]) == 0
+        reports.append(json.loads((run_dir / "report.json").read_text()))
+    assert {**reports[0], "run": "host"} == reports[1]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

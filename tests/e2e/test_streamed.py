@@ -1,4 +1,4 @@
-"""Real trainings on images that are decoded when needed: as those in memory, and a file that goes bad in the middle."""
+"""Real trainings on images that are decoded when needed, of which a file goes bad in the middle."""
 
 from __future__ import annotations
 
