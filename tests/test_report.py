@@ -94,6 +94,13 @@ def test_data_may_have_moved(tmp_path, hostile):
     assert (run_dir / "report.json").read_text() == before
 
 
+def test_the_page_offers_to_calibrate_only_where_that_is_not_refused(tmp_path):
+    run_dir = make_run(tmp_path / "run", DataConfig(count=140))
+    for options, offered in (([], True), (["--tta"], False)):
+        assert main(["evaluate", str(run_dir), *options]) == 0
+        assert ("--calibrate" in (run_dir / "report.html").read_text()) == offered
+
+
 def test_a_stored_temperature_is_applied_and_then_fits(tmp_path):
     run_dir = make_run(tmp_path / "run", DataConfig(count=140))
     assert main(["evaluate", str(run_dir), "--calibrate"]) == 0
